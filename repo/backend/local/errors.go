@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package local
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/dsync-backup/dsync-backup/repo/backend"
+	"golang.org/x/sys/unix"
+)
+
+// callerError is what the caller's own fn returned: nothing to explain.
+type callerError struct{ err error }
+
+func (e callerError) Error() string { return e.err.Error() }
+func (e callerError) Unwrap() error { return e.err }
+
+func consumed(err error) error {
+	if err == nil {
+		return nil
+	}
+	return callerError{err}
+}
+
+func isCallers(err error) bool { return errors.As(err, new(callerError)) }
+
+func isFull(err error) bool {
+	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
+}
+
+// explain drops the path from an error of package os, since the message has
+// it already, and marks what cannot be mended by trying again.
+func explain(err error) error {
+	if isCallers(err) || errors.Is(err, backend.ErrPermanent) {
+		return err
+	}
+	if pe := (*os.PathError)(nil); errors.As(err, &pe) {
+		err = pe.Err
+	}
+	switch {
+	case isFull(err):
+		return backend.Permanent(fmt.Errorf("the disk is full, make room and try again: %w", err))
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		return backend.Permanent(fmt.Errorf("not allowed, check the owner and the mode of the folders: %w", err))
+	case errors.Is(err, unix.EROFS):
+		return backend.Permanent(fmt.Errorf("the file system is mounted read-only, or an error made it so: %w", err))
+	case errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.EISDIR), errors.Is(err, unix.ELOOP):
+		return backend.Permanent(err)
+	}
+	return err
+}

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package s3
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/dsync-backup/dsync-backup/repo/backend"
+	"github.com/minio/minio-go/v7"
+)
+
+// callerError is what the caller's own fn returned: nothing to explain.
+type callerError struct{ err error }
+
+func (e callerError) Error() string { return e.err.Error() }
+func (e callerError) Unwrap() error { return e.err }
+
+func consumed(err error) error {
+	if err == nil {
+		return nil
+	}
+	return callerError{err}
+}
+
+// explain turns an error of the S3 client into one line that says what to do,
+// and marks what cannot be mended by trying again.
+func (b *Backend) explain(t backend.FileType, err error) error {
+	if errors.As(err, new(callerError)) || errors.Is(err, backend.ErrPermanent) {
+		return err
+	}
+	var resp minio.ErrorResponse
+	if errors.As(err, &resp) {
+		return b.explainResponse(t, resp)
+	}
+	if ue := (*url.Error)(nil); errors.As(err, &ue) {
+		err = ue.Err // it repeats the URL
+	}
+	return b.explainNetwork(err)
+}
+
+func (b *Backend) explainResponse(t backend.FileType, e minio.ErrorResponse) error {
+	host, bucket := b.loc.Host, b.loc.Bucket
+	switch e.Code {
+	case minio.NoSuchKey:
+		return backend.ErrNotExist
+	case minio.NoSuchBucket:
+		return backend.NoStore(t, fmt.Sprintf("bucket %q does not exist at %s, check the name (init creates it)", bucket, host))
+	case "InvalidAccessKeyId":
+		return permanentf("access key ID %q is not known at %s, check AWS_ACCESS_KEY_ID", b.keyID, host)
+	case minio.SignatureDoesNotMatch:
+		return permanentf("the secret key for access key ID %q is wrong, check AWS_SECRET_ACCESS_KEY", b.keyID)
+	case "ExpiredToken", "ExpiredTokenException", "InvalidToken", "InvalidTokenId":
+		return permanentf("the session token for access key ID %q is not valid or has expired, get a new one (AWS_SESSION_TOKEN)", b.keyID)
+	case minio.RequestTimeTooSkewed:
+		return b.skewed()
+	case minio.AccessDenied, minio.AllAccessDisabled, "AccessForbidden":
+		return permanentf("access key ID %q is not allowed to do this with bucket %q: %s", b.keyID, bucket, oneLine(e.Message))
+	case minio.InvalidBucketName:
+		return permanentf("%q is not a valid bucket name", bucket)
+	case "InvalidRegion", minio.AuthorizationHeaderMalformed, "PermanentRedirect", "IllegalLocationConstraintException":
+		return permanentf("the region is wrong, set -o s3.region or AWS_DEFAULT_REGION: %s", oneLine(e.Message))
+	case "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "InsufficientStorage":
+		return permanentf("the store is full, make room and try again: %s", oneLine(e.Message))
+	case minio.InvalidObjectState:
+		return permanentf("the object lies in an archive (storage class), restore it there first: %s", oneLine(e.Message))
+	}
+	err := fmt.Errorf("%s (%s)", oneLine(e.Error()), e.Code)
+	switch e.StatusCode {
+	case http.StatusInsufficientStorage:
+		return permanentf("the store is full, make room and try again: %w", err)
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotImplemented,
+		http.StatusMovedPermanently, http.StatusPermanentRedirect:
+		return backend.Permanent(err)
+	}
+	return err
+}
+
+func (b *Backend) skewed() error {
+	ahead, direction := time.Duration(b.ahead.Load()), "ahead of"
+	if ahead < 0 {
+		ahead, direction = -ahead, "behind"
+	}
+	if ahead < time.Minute {
+		return permanentf("the clock of this machine and that of %s differ by too much, set it right", b.loc.Host)
+	}
+	return permanentf("the clock of this machine is %s %s that of %s, set it right", ahead.Round(time.Second), direction, b.loc.Host)
+}
+
+func (b *Backend) explainNetwork(err error) error {
+	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return err
+	case errors.As(err, new(x509.UnknownAuthorityError)):
+		return permanentf("the certificate of %s is signed by an unknown authority, name its certificate with --cacert: %w", b.loc.Host, err)
+	case errors.As(err, new(*tls.CertificateVerificationError)):
+		return permanentf("the certificate of %s cannot be trusted: %w", b.loc.Host, err)
+	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
+		return permanentf("%s does not speak TLS, write s3:http://%s/…", b.loc.Host, b.loc.Host)
+	}
+	if oe := (*net.OpError)(nil); errors.As(err, &oe) && oe.Op == "dial" {
+		return fmt.Errorf("connect to %s: %w", b.loc.Host, oe.Err)
+	}
+	return err
+}
+
+func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }

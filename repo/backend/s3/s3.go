@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+// Package s3 stores a repository in a bucket of an S3-compatible object store,
+// under the same keys as restic.
+//
+// It promises what the server promises: once Save has returned, the server has
+// acknowledged the whole object, sent in one request and checked there against
+// its SHA-256 and MD5. Errors that no retry can mend are marked and say in one
+// line what to do; all others are left to package retry. It knows nothing of
+// what the files hold.
+package s3
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5" //nolint:gosec // S3's Content-MD5; object lock insists on it
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"sync/atomic"
+
+	"github.com/dsync-backup/dsync-backup/repo/backend"
+	"github.com/dsync-backup/dsync-backup/repo/backend/layout"
+	"github.com/minio/minio-go/v7"
+)
+
+// clientTries is how often the S3 client itself sends a request: once more
+// with the bucket's true region or with renewed credentials. All other retries
+// are package retry's, which reports them.
+const clientTries = 2
+
+// Backend is a store in a bucket.
+type Backend struct {
+	loc       Location
+	opts      Options
+	core      minio.Core
+	transport *http.Transport
+	keyID     string
+	ahead     atomic.Int64 // see clockWatch
+}
+
+var _ backend.Backend = (*Backend)(nil)
+
+// Open returns the store at loc. It finds the credentials, but does not
+// contact the store yet.
+func Open(ctx context.Context, loc Location, o Options) (*Backend, error) {
+	if o.Connections <= 0 {
+		o.Connections = DefaultConnections
+	}
+	if o.Region == "" {
+		o.Region = os.Getenv("AWS_DEFAULT_REGION")
+	}
+	lookup, err := o.lookup()
+	if err != nil {
+		return nil, permanentf("set option s3.bucket-lookup: %w", err)
+	}
+	b := &Backend{loc: loc, opts: o}
+	if b.transport, err = newTransport(o); err != nil {
+		return nil, err
+	}
+	creds, keyID, err := findCredentials(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	b.keyID = keyID
+	var rt http.RoundTripper = b.transport
+	if o.Wrap != nil {
+		rt = o.Wrap(rt)
+	}
+	client, err := minio.New(loc.Host, &minio.Options{
+		Creds: creds, Secure: !loc.HTTP, Region: o.Region, BucketLookup: lookup,
+		Transport: clockWatch{rt, &b.ahead}, MaxRetries: clientTries,
+	})
+	if err != nil {
+		return nil, permanentf("open %s: %w", loc, err)
+	}
+	b.core = minio.Core{Client: client}
+	return b, nil
+}
+
+// Location is the full form of the location.
+func (b *Backend) Location() string { return b.loc.String() }
+
+// Connections is as set in Options.
+func (b *Backend) Connections() int { return b.opts.Connections }
+
+// Close closes idle connections.
+func (b *Backend) Close() error {
+	b.transport.CloseIdleConnections()
+	return nil
+}
+
+// Create makes the bucket if it is not there. A key that may not ask for the
+// bucket may still be allowed to use it, so that is tried.
+func (b *Backend) Create(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	// Listing, unlike a HEAD of the bucket, answers with the reason.
+	var err error
+	for obj := range b.objects(ctx, "config", 1) {
+		err = obj.Err
+		break
+	}
+	if err == nil || isCode(err, minio.AccessDenied) {
+		return ctx.Err()
+	}
+	if isCode(err, minio.NoSuchBucket) {
+		err = b.core.MakeBucket(ctx, b.loc.Bucket, minio.MakeBucketOptions{Region: b.opts.Region})
+		switch {
+		case isCode(err, minio.BucketAlreadyOwnedByYou): // made by somebody else meanwhile
+			return nil
+		case isCode(err, minio.BucketAlreadyExists):
+			return permanentf("create bucket at %s: the name %q is taken by another account", b.loc.Host, b.loc.Bucket)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("create bucket %q at %s: %w", b.loc.Bucket, b.loc.Host, b.explain(0, err))
+	}
+	return nil
+}
+
+// do runs op on the handle's key and says in its error what was tried.
+func (b *Backend) do(ctx context.Context, verb string, h backend.Handle, op func(key string) error) error {
+	if err := h.Validate(); err != nil {
+		return err
+	}
+	err := ctx.Err()
+	if err == nil {
+		err = op(b.loc.key(layout.Path(h)))
+	}
+	if err != nil {
+		return fmt.Errorf("%s %v in %s: %w", verb, h, b.loc, b.explain(h.Type, err))
+	}
+	return nil
+}
+
+// Save puts the object in one request. For the config file the request is
+// conditional; a server that does not know conditions is asked before.
+func (b *Backend) Save(ctx context.Context, h backend.Handle, data []byte) error {
+	return b.do(ctx, "save", h, func(key string) error {
+		opts := minio.PutObjectOptions{ContentType: "application/octet-stream", StorageClass: b.storageClass(h)}
+		if h.Type != backend.ConfigFile {
+			return b.put(ctx, key, data, opts)
+		}
+		if _, err := b.head(ctx, key); err == nil {
+			return backend.Permanent(backend.ErrExist)
+		} else if !isCode(err, minio.NoSuchKey) {
+			return err
+		}
+		conditional := opts
+		conditional.SetMatchETagExcept("*")
+		err := b.put(ctx, key, data, conditional)
+		switch {
+		case isCode(err, minio.PreconditionFailed):
+			return backend.Permanent(backend.ErrExist)
+		case isCode(err, minio.NotImplemented):
+			return b.put(ctx, key, data, opts)
+		}
+		return err
+	})
+}
+
+func (b *Backend) put(ctx context.Context, key string, data []byte, opts minio.PutObjectOptions) error {
+	sha, sum := sha256.Sum256(data), md5.Sum(data) //nolint:gosec // see the import
+	_, err := b.core.PutObject(ctx, b.loc.Bucket, key, bytes.NewReader(data), int64(len(data)),
+		base64.StdEncoding.EncodeToString(sum[:]), hex.EncodeToString(sha[:]), opts)
+	return err
+}
+
+// storageClass keeps all but packs out of the archive classes, where restic
+// could not read them.
+func (b *Backend) storageClass(h backend.Handle) string {
+	switch c := b.opts.StorageClass; c {
+	case "GLACIER", "DEEP_ARCHIVE":
+		if h.Type != backend.PackFile {
+			return ""
+		}
+		return c
+	default:
+		return c
+	}
+}
+
+// Load asks for exactly the range and refuses another length before fn runs.
+func (b *Backend) Load(ctx context.Context, h backend.Handle, length int, offset int64, fn func(io.Reader) error) error {
+	return b.do(ctx, "load", h, func(key string) error {
+		if length < 0 || offset < 0 {
+			return permanentf("read %d bytes at %d: %w", length, offset, backend.ErrRange)
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel() // before Close, which would read the rest
+		body, n, err := b.get(ctx, key, length, offset)
+		if isCode(err, minio.InvalidRange) {
+			return b.beyond(ctx, key, length, offset, fn)
+		}
+		if err != nil {
+			return err
+		}
+		defer body.Close()
+		if length > 0 && n != int64(length) {
+			return backend.OutOfRange(length, offset, offset+n)
+		}
+		return b.consume(body, n, fn)
+	})
+}
+
+// get opens the object and says how many bytes follow.
+func (b *Backend) get(ctx context.Context, key string, length int, offset int64) (io.ReadCloser, int64, error) {
+	var opts minio.GetObjectOptions
+	switch {
+	case length > 0:
+		opts.Set("Range", fmt.Sprintf("bytes=%d-%d", offset, offset+int64(length)-1))
+	case offset > 0:
+		opts.Set("Range", fmt.Sprintf("bytes=%d-", offset))
+	}
+	body, info, header, err := b.core.GetObject(ctx, b.loc.Bucket, key, opts)
+	if err != nil {
+		return nil, 0, err
+	}
+	if (length > 0 || offset > 0) && header.Get("Content-Range") == "" {
+		body.Close()
+		return nil, 0, permanentf("read %d bytes at %d: the server or a proxy before it ignores ranges", length, offset)
+	}
+	return body, info.Size, nil
+}
+
+// beyond handles a range that the server refused: it starts at the end of the
+// file or behind it. Nothing from the very end on is a range that every file
+// holds.
+func (b *Backend) beyond(ctx context.Context, key string, length int, offset int64, fn func(io.Reader) error) error {
+	size, err := b.head(ctx, key)
+	if err != nil {
+		return err
+	}
+	if length == 0 && offset == size {
+		return b.consume(bytes.NewReader(nil), 0, fn)
+	}
+	return backend.OutOfRange(length, offset, size)
+}
+
+func (b *Backend) consume(body io.Reader, n int64, fn func(io.Reader) error) error {
+	r := &watchedReader{r: backend.ExactReader(body, n)}
+	err := fn(r)
+	if err != nil && r.err != nil {
+		return fmt.Errorf("read the answer: %w", r.err)
+	}
+	return consumed(err)
+}
+
+// watchedReader remembers the error of the connection, which fn may have
+// reworded.
+type watchedReader struct {
+	r   io.Reader
+	err error
+}
+
+func (w *watchedReader) Read(p []byte) (int, error) {
+	n, err := w.r.Read(p)
+	if err != nil && err != io.EOF {
+		w.err = err
+	}
+	return n, err
+}
+
+// Stat asks for the object's head.
+func (b *Backend) Stat(ctx context.Context, h backend.Handle) (backend.FileInfo, error) {
+	fi := backend.FileInfo{Name: h.Name}
+	err := b.do(ctx, "stat", h, func(key string) (err error) {
+		fi.Size, err = b.head(ctx, key)
+		return err
+	})
+	if err != nil {
+		return backend.FileInfo{}, err
+	}
+	return fi, nil
+}
+
+// head asks for the object's size. The answer to a HEAD has no body that could
+// tell a missing key from a missing bucket, or what is wrong with the
+// signature, so a refusal is asked for again by a GET.
+func (b *Backend) head(ctx context.Context, key string) (int64, error) {
+	info, err := b.core.StatObject(ctx, b.loc.Bucket, key, minio.StatObjectOptions{})
+	if err == nil {
+		return info.Size, nil
+	}
+	if !errors.As(err, new(minio.ErrorResponse)) {
+		return 0, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	body, size, err := b.get(ctx, key, 0, 0)
+	if err != nil {
+		return 0, err
+	}
+	body.Close()
+	return size, nil
+}
+
+// Remove looks first, since a server deletes what is not there without a word.
+func (b *Backend) Remove(ctx context.Context, h backend.Handle) error {
+	return b.do(ctx, "remove", h, func(key string) error {
+		if _, err := b.head(ctx, key); err != nil {
+			return err
+		}
+		return b.core.RemoveObject(ctx, b.loc.Bucket, key, minio.RemoveObjectOptions{})
+	})
+}
+
+func isCode(err error, code string) bool {
+	var resp minio.ErrorResponse
+	return errors.As(err, &resp) && resp.Code == code
+}
