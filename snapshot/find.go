@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/snapshot/layer"
+)
+
+// ErrNoDevice says that a snapshot holds no device.
+var ErrNoDevice = errors.New("the snapshot holds no device: restic made it from files")
+
+// Store is the repository as layers are read from it.
+type Store struct{ *repo.Repository }
+
+// LoadMeta implements [layer.Loader].
+func (s Store) LoadMeta(ctx context.Context, id repo.ID) ([]byte, error) {
+	return s.LoadBlob(ctx, repo.BlobHandle{Type: repo.DataBlob, ID: id}, repo.KindMeta)
+}
+
+// Device is a device inside a snapshot.
+type Device struct {
+	Snapshot repo.ID
+	Name     string // the path in the snapshot
+	Manifest *Manifest
+}
+
+// Devices finds the devices in a snapshot: one, or the several of a
+// consistency group. A snapshot without any is ErrNoDevice; one whose layers
+// are not those that the manifest names is [layer.ErrDamaged].
+func Devices(ctx context.Context, from Store, id repo.ID, sn *repo.Snapshot) ([]Device, error) {
+	var out []Device
+	for _, path := range sn.Paths {
+		m, err := manifestAt(ctx, from, sn, path)
+		if errors.Is(err, ErrNoDevice) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("snapshot %s: %w", id.Str(), err)
+		}
+		out = append(out, Device{id, path, m})
+	}
+	if len(out) == 0 {
+		return nil, fmt.Errorf("snapshot %s: %w", id.Str(), ErrNoDevice)
+	}
+	return out, nil
+}
+
+func manifestAt(ctx context.Context, from Store, sn *repo.Snapshot, path string) (*Manifest, error) {
+	id := sn.Tree
+	for _, name := range strings.Split(strings.Trim(path, "/"), "/") {
+		n, err := lookup(ctx, from, id, name)
+		if err != nil {
+			return nil, err
+		}
+		if n == nil || n.Subtree == nil {
+			return nil, ErrNoDevice
+		}
+		id = n.Subtree
+	}
+	file, err := lookup(ctx, from, id, manifestFile)
+	if err != nil {
+		return nil, err
+	}
+	layers, err := lookup(ctx, from, id, layersFolder)
+	if err != nil {
+		return nil, err
+	}
+	if file == nil || layers == nil || layers.Subtree == nil {
+		return nil, ErrNoDevice
+	}
+	b, err := layer.ReadFile(ctx, from, *file)
+	if err != nil {
+		return nil, err
+	}
+	m, err := ParseManifest(b)
+	if err != nil {
+		return nil, err
+	}
+	if *layers.Subtree != m.Layers {
+		return nil, fmt.Errorf("%w: its layers are tree %s, but %s names %s; it was repaired or rewritten", layer.ErrDamaged, layers.Subtree.Str(), manifestFile, m.Layers.Str())
+	}
+	return m, nil
+}
+
+// lookup is the node of that name in a tree, or nil.
+func lookup(ctx context.Context, from Store, tree *repo.ID, name string) (*repo.Node, error) {
+	if tree == nil {
+		return nil, nil
+	}
+	t, err := from.LoadTree(ctx, *tree)
+	if err != nil {
+		return nil, err
+	}
+	for i := range t.Nodes {
+		if t.Nodes[i].Name == name {
+			return &t.Nodes[i], nil
+		}
+	}
+	return nil, nil
+}

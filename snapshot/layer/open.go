@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package layer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+
+	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/snapshot/blockindex"
+)
+
+// ErrDamaged is wrapped by errors about layers that are not as they were
+// written.
+var ErrDamaged = errors.New("snapshot is damaged")
+
+// Loader is what reading layers asks of a repository.
+type Loader interface {
+	LoadTree(ctx context.Context, id repo.ID) (*repo.Tree, error)
+	// LoadMeta loads a blob that is small and worth caching.
+	LoadMeta(ctx context.Context, id repo.ID) ([]byte, error)
+	// BlobSize is the length in bytes of a blob that the index lists.
+	BlobSize(h repo.BlobHandle) (int, bool)
+}
+
+// Layer is one layer of a snapshot.
+type Layer struct {
+	Number uint64 // a higher one is newer
+	Tree   repo.ID
+	parts  []partRef
+}
+
+type partRef struct {
+	start int64
+	tree  repo.ID
+}
+
+// Open reads the trees of all layers in the folder `layers`, oldest first.
+func Open(ctx context.Context, from Loader, layers repo.ID) ([]*Layer, error) {
+	tree, err := from.LoadTree(ctx, layers)
+	if err != nil {
+		return nil, fmt.Errorf("open layers: %w", err)
+	}
+	var out []*Layer
+	for _, n := range tree.Nodes {
+		l, err := openLayer(ctx, from, n)
+		if err != nil {
+			return nil, fmt.Errorf("open layer %s: %w", n.Name, err)
+		}
+		out = append(out, l)
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].Number < out[j].Number })
+	return out, nil
+}
+
+func openLayer(ctx context.Context, from Loader, n repo.Node) (*Layer, error) {
+	number, err := parseName(n.Name)
+	if err != nil || n.Subtree == nil {
+		return nil, fmt.Errorf("%w: %q is not a layer", ErrDamaged, n.Name)
+	}
+	tree, err := from.LoadTree(ctx, *n.Subtree)
+	if err != nil {
+		return nil, err
+	}
+	l := &Layer{Number: number, Tree: *n.Subtree}
+	for _, p := range tree.Nodes {
+		start, err := parseName(p.Name)
+		if err != nil || p.Subtree == nil || int64(start) < 0 {
+			return nil, fmt.Errorf("%w: %q is not a part", ErrDamaged, p.Name)
+		}
+		l.parts = append(l.parts, partRef{int64(start), *p.Subtree})
+	}
+	// Names of 16 hex digits sort as their numbers do, and trees are sorted;
+	// but that is someone else's promise.
+	sort.Slice(l.parts, func(i, j int) bool { return l.parts[i].start < l.parts[j].start })
+	if len(l.parts) == 0 {
+		return nil, fmt.Errorf("%w: the layer has no parts", ErrDamaged)
+	}
+	return l, nil
+}
+
+// Part is an opened part: its index, and the blobs of its data and sums.
+type Part struct {
+	Index *blockindex.Index
+	Data  File
+	sums  File
+}
+
+func openPart(ctx context.Context, from Loader, ref partRef) (*Part, error) {
+	fail := func(err error) (*Part, error) {
+		return nil, fmt.Errorf("open part at %d (tree %v): %w", ref.start, ref.tree.Str(), err)
+	}
+	tree, err := from.LoadTree(ctx, ref.tree)
+	if err != nil {
+		return fail(err)
+	}
+	files := map[string]repo.Node{}
+	for _, n := range tree.Nodes {
+		files[n.Name] = n
+	}
+	raw, err := ReadFile(ctx, from, files[indexFile])
+	if err != nil {
+		return fail(err)
+	}
+	x, err := blockindex.Decode(raw)
+	if err != nil {
+		return fail(fmt.Errorf("%w: %w", ErrDamaged, err))
+	}
+	p := &Part{Index: x}
+	if x.Start != ref.start {
+		return fail(fmt.Errorf("%w: its index is of a part at %d", ErrDamaged, x.Start))
+	}
+	if p.Data, err = openFile(from, files[dataFile], x.DataLength); err != nil {
+		return fail(err)
+	}
+	if n, ok := files[sumsFile]; ok {
+		if p.sums, err = openFile(from, n, x.DataBlocks()*8); err != nil {
+			return fail(err)
+		}
+	}
+	return p, nil
+}
+
+// File is a list of blobs.
+type File struct {
+	Blobs []repo.ID
+	ends  []int64
+}
+
+// openFile checks a file against the length that its index asks for. restic's
+// `repair snapshots` drops missing blobs from a file, which would shift all
+// that follows: the lengths tell.
+func openFile(from Loader, n repo.Node, want int64) (File, error) {
+	f := File{Blobs: n.Content, ends: make([]int64, len(n.Content))}
+	var size int64
+	for i, id := range n.Content {
+		s, ok := from.BlobSize(repo.BlobHandle{Type: repo.DataBlob, ID: id})
+		if !ok {
+			return f, fmt.Errorf("%w: blob %v of file %q is in no index", ErrDamaged, id.Str(), n.Name)
+		}
+		size += int64(s)
+		f.ends[i] = size
+	}
+	if size != want || int64(n.Size) != want {
+		return f, fmt.Errorf("%w: file %q has %d bytes in blobs and %d by its node, not %d", ErrDamaged, n.Name, size, n.Size, want)
+	}
+	return f, nil
+}
+
+// Locate is the blob that holds the byte at off, the byte's offset inside of
+// the blob, and how many bytes the blob holds from there on.
+func (f *File) Locate(off int64) (blob int, in, left int64) {
+	blob = sort.Search(len(f.ends), func(i int) bool { return f.ends[i] > off })
+	var start int64
+	if blob > 0 {
+		start = f.ends[blob-1]
+	}
+	return blob, off - start, f.ends[blob] - off
+}
+
+// ReadFile loads a small file of ours.
+func ReadFile(ctx context.Context, from Loader, n repo.Node) ([]byte, error) {
+	if n.Type != repo.NodeTypeFile {
+		return nil, fmt.Errorf("%w: file is missing", ErrDamaged)
+	}
+	var out []byte
+	for _, id := range n.Content {
+		b, err := from.LoadMeta(ctx, id)
+		if err != nil {
+			return nil, fmt.Errorf("read file %q: %w", n.Name, err)
+		}
+		out = append(out, b...)
+	}
+	if uint64(len(out)) != n.Size {
+		return nil, fmt.Errorf("%w: file %q has %d bytes, not %d", ErrDamaged, n.Name, len(out), n.Size)
+	}
+	return out, nil
+}

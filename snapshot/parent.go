@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+
+	"github.com/dsync-backup/dsync-backup/kernel"
+	"github.com/dsync-backup/dsync-backup/repo"
+)
+
+// candidate is a device in an older snapshot, from which a backup might go on.
+type candidate struct {
+	Device
+	sn *repo.Snapshot
+}
+
+// candidates finds the snapshots of a device by its name, newest first. One
+// that cannot be read is reported and left out: to go on from another is safe.
+func candidates(ctx context.Context, from Store, name string, warn func(error)) ([]candidate, error) {
+	var out []candidate
+	err := from.ListSnapshots(ctx, func(id repo.ID, sn *repo.Snapshot) error {
+		for _, path := range sn.Paths {
+			if path != name {
+				continue
+			}
+			m, err := manifestAt(ctx, from, sn, path)
+			switch {
+			case errors.Is(err, ErrNoDevice):
+			case ctx.Err() != nil:
+				return context.Cause(ctx)
+			case err != nil:
+				warn(fmt.Errorf("snapshot %s is passed over: %w", id.Str(), err))
+			default:
+				out = append(out, candidate{Device{id, path, m}, sn})
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].sn.Time.After(out[j].sn.Time) })
+	return out, nil
+}
+
+// bridge picks the candidate with the highest position of this tracker that
+// can be bridged, and the blocks written since. Without one, the reason says
+// why the best of them is not usable; it is empty where there is none at all.
+func bridge(cands []candidate, h History, now kernel.Position) (*candidate, *kernel.Bitmap, string) {
+	var ours []*candidate
+	reason := ""
+	for i := range cands {
+		switch p := cands[i].Manifest.Position; {
+		case p != nil && p.Tracker == now.Tracker:
+			ours = append(ours, &cands[i])
+		case reason != "":
+		case p == nil:
+			reason = fmt.Sprintf("snapshot %s was made without a reliable tracker", cands[i].Snapshot.Str())
+		default:
+			reason = fmt.Sprintf("snapshot %s belongs to tracker %s, but tracker %s watches now: tracking started afresh in between", cands[i].Snapshot.Str(), p.Tracker, now.Tracker)
+		}
+	}
+	sort.SliceStable(ours, func(i, j int) bool { return ours[i].Manifest.Position.Epoch > ours[j].Manifest.Position.Epoch })
+	for i, c := range ours {
+		dirty, err := h.Since(*c.Manifest.Position)
+		if err == nil {
+			return c, dirty, ""
+		}
+		if i == 0 {
+			reason = fmt.Sprintf("snapshot %s: %v", c.Snapshot.Str(), err)
+		}
+	}
+	return nil, nil, reason
+}
+
+// latest is the newest candidate of a host: what a compare scan or a list of
+// ranges goes on from.
+func latest(cands []candidate, host string) *candidate {
+	for i := range cands {
+		if cands[i].sn.Hostname == host {
+			return &cands[i]
+		}
+	}
+	return nil
+}
