@@ -22,7 +22,9 @@ const (
 	// answerTimeout is how long a server may think about a request.
 	answerTimeout = time.Minute
 
-	ioBuffer = 128 << 10 // bytes
+	// ioBuffer is in bytes. What --limit-upload lets through fills it before it
+	// is sent, which must not take stallTimeout even at 1 KiB/s.
+	ioBuffer = 64 << 10
 )
 
 // newTransport makes the HTTP client's lower half. HTTP/2 stays off: one
