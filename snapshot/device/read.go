@@ -62,7 +62,7 @@ func (d *Device) ReadExtent(ctx context.Context, buf []byte, off int64) error {
 	a := uintptr(d.align)
 	if uintptr(unsafe.Pointer(&buf[0]))%a == 0 && off%int64(a) == 0 {
 		whole := len(buf) / int(a) * int(a)
-		if err := d.readAligned(ctx, buf[:whole], off); err != nil {
+		if err := d.readFull(ctx, buf[:whole], off, whole); err != nil {
 			return err
 		}
 		buf, off = buf[whole:], off+int64(whole)
@@ -91,10 +91,6 @@ func (d *Device) readBounced(ctx context.Context, buf []byte, off int64) error {
 	return nil
 }
 
-func (d *Device) readAligned(ctx context.Context, buf []byte, off int64) error {
-	return d.readFull(ctx, buf, off, len(buf))
-}
-
 // readFull reads at least need bytes of buf; a direct read of a file's end
 // returns fewer than it was asked for.
 func (d *Device) readFull(ctx context.Context, buf []byte, off int64, need int) error {
@@ -103,7 +99,8 @@ func (d *Device) readFull(ctx context.Context, buf []byte, off int64, need int) 
 			return &ReadError{d.path, kernel.Extent{Offset: off, Length: int64(need)}, err}
 		}
 		n, err := d.pread(buf[done:min(len(buf), done+maxRead)], off+int64(done))
-		if err == nil && n == 0 {
+		// A direct read ends off its alignment only at the end of a file.
+		if err == nil && (n == 0 || n%d.align != 0 && done+n < need) {
 			err = d.shrunk()
 		}
 		if err != nil {
