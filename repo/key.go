@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package repo
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/user"
+	"time"
+
+	"github.com/dsync-backup/dsync-backup/repo/backend"
+	"github.com/dsync-backup/dsync-backup/repo/crypto"
+)
+
+// keyFile is a file below keys/: the master key, sealed with a key that
+// scrypt makes from the password. The file itself is plain JSON.
+type keyFile struct {
+	Created  time.Time `json:"created"`
+	Username string    `json:"username"`
+	Hostname string    `json:"hostname"`
+	KDF      string    `json:"kdf"`
+	N        int       `json:"N"`
+	R        int       `json:"r"`
+	P        int       `json:"p"`
+	Salt     []byte    `json:"salt"`
+	Data     []byte    `json:"data"`
+}
+
+// kdfTime is how long opening a new repository takes on the machine that made
+// it, as restic has it.
+const kdfTime = 500 * time.Millisecond
+
+func (r *Repository) addKey(ctx context.Context, password string, params KDFParams) (err error) {
+	if params == (KDFParams{}) {
+		if params, err = crypto.Calibrate(kdfTime); err != nil {
+			return err
+		}
+	}
+	f := keyFile{Created: time.Now(), KDF: "scrypt", N: params.N, R: params.R, P: params.P, Salt: crypto.NewSalt()}
+	f.Hostname, _ = os.Hostname()
+	if u, err := user.Current(); err == nil {
+		f.Username = u.Username
+	}
+	userKey, err := crypto.Derive(params, f.Salt, password)
+	if err != nil {
+		return err
+	}
+	master, err := json.Marshal(r.key)
+	if err != nil {
+		return fmt.Errorf("encode master key: %w", err)
+	}
+	f.Data = userKey.Seal(nil, master)
+	data, err := json.Marshal(f)
+	if err != nil {
+		return fmt.Errorf("encode key: %w", err)
+	}
+	return r.be.Save(ctx, backend.Handle{Type: backend.KeyFile, Name: Hash(data).String()}, data)
+}
+
+// findKey tries the password on every key and returns the master key that the
+// first fitting one holds.
+func findKey(ctx context.Context, be backend.Backend, password string, log *slog.Logger) (*crypto.Key, error) {
+	ids, err := listIDs(ctx, be, backend.KeyFile)
+	if err != nil {
+		return nil, err
+	}
+	var damaged error
+	for _, f := range ids {
+		master, err := tryKey(ctx, be, f.id, password)
+		switch {
+		case err == nil:
+			return master, nil
+		case errors.Is(err, crypto.ErrUnauthenticated):
+			continue
+		case ctx.Err() != nil:
+			return nil, err
+		default:
+			// Another key may fit still.
+			log.Warn("skipping a key", "error", err)
+			damaged = err
+		}
+	}
+	if damaged != nil {
+		return nil, fmt.Errorf("%w (and a key could not be tried: %w)", ErrWrongPassword, damaged)
+	}
+	return nil, ErrWrongPassword
+}
+
+func tryKey(ctx context.Context, be backend.Backend, id ID, password string) (*crypto.Key, error) {
+	data, err := loadFile(ctx, be, backend.Handle{Type: backend.KeyFile, Name: id.String()})
+	if err != nil {
+		return nil, fmt.Errorf("load key %s: %w", id.Str(), err)
+	}
+	var f keyFile
+	if err := json.Unmarshal(data, &f); err != nil {
+		return nil, fmt.Errorf("decode key %s: %w: %w", id.Str(), ErrDamaged, err)
+	}
+	if f.KDF != "scrypt" {
+		return nil, fmt.Errorf("decode key %s: key derivation %q is not known", id.Str(), f.KDF)
+	}
+	userKey, err := crypto.Derive(crypto.Params{N: f.N, R: f.R, P: f.P}, f.Salt, password)
+	if err != nil {
+		return nil, fmt.Errorf("decode key %s: %w", id.Str(), err)
+	}
+	plain, err := userKey.Open(nil, f.Data)
+	if err != nil {
+		return nil, fmt.Errorf("open key %s: %w", id.Str(), err)
+	}
+	master := &crypto.Key{}
+	if err := json.Unmarshal(plain, master); err != nil {
+		return nil, fmt.Errorf("open key %s: %w", id.Str(), err)
+	}
+	return master, nil
+}

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package repo
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/user"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/dsync-backup/dsync-backup/repo/backend"
+)
+
+// Times of the locking protocol. They are restic's, which all programs that
+// share a repository must keep to.
+const (
+	lockSettle  = 200 * time.Millisecond // between writing a lock and looking again
+	lockStale   = 30 * time.Minute       // age at which a lock counts as left behind
+	lockRefresh = 5 * time.Minute
+	// A lock is given up a good while before others may call it stale, since
+	// clocks differ.
+	lockGiveUp = lockStale - lockRefresh*3/2
+
+	lockRetryFirst = 5 * time.Second
+	lockRetryMax   = time.Minute
+	unlockTimeout  = time.Minute
+)
+
+// lockFile is a file below locks/.
+type lockFile struct {
+	Time      time.Time `json:"time"`
+	Exclusive bool      `json:"exclusive"`
+	Hostname  string    `json:"hostname"`
+	Username  string    `json:"username"`
+	PID       int       `json:"pid"`
+	UID       uint32    `json:"uid,omitempty"`
+	GID       uint32    `json:"gid,omitempty"`
+}
+
+func newLockFile(exclusive bool) lockFile {
+	l := lockFile{Time: time.Now(), Exclusive: exclusive, PID: os.Getpid()}
+	l.Hostname, _ = os.Hostname()
+	if u, err := user.Current(); err == nil {
+		l.Username = u.Username
+		uid, _ := strconv.ParseUint(u.Uid, 10, 32)
+		gid, _ := strconv.ParseUint(u.Gid, 10, 32)
+		l.UID, l.GID = uint32(uid), uint32(gid)
+	}
+	return l
+}
+
+// stale reports a lock that nobody holds any more: it was not refreshed in
+// time, or its process on this host is gone.
+func (l lockFile) stale(now time.Time) bool {
+	if now.Sub(l.Time) > lockStale {
+		return true
+	}
+	host, err := os.Hostname()
+	if err != nil || host != l.Hostname {
+		return false
+	}
+	return errors.Is(syscall.Kill(l.PID, 0), syscall.ESRCH)
+}
+
+func (l lockFile) String() string {
+	how := "locked"
+	if l.Exclusive {
+		how = "locked exclusively"
+	}
+	return fmt.Sprintf("%s by PID %d on %s (user %s) since %s", how, l.PID, l.Hostname, l.Username,
+		l.Time.Local().Format("2006-01-02 15:04:05"))
+}
+
+// Lock takes a lock, exclusive (nobody else may have one) or shared (nobody
+// else may have an exclusive one). If others are in the way it tries again for
+// as long as retry says; then the error is [ErrLocked], with who has it. Locks
+// of a dead process are in the way, too, until RemoveStaleLocks takes them
+// away: from here it is not certain that they are dead.
+func (r *Repository) Lock(ctx context.Context, exclusive bool, retry time.Duration) (*Lock, error) {
+	deadline := time.Now().Add(retry)
+	wait := lockRetryFirst
+	for {
+		l, err := r.tryLock(ctx, exclusive)
+		left := time.Until(deadline)
+		if err == nil || !errors.Is(err, ErrLocked) || left <= 0 {
+			return l, err
+		}
+		r.log.Info("waiting for a lock", "error", err)
+		if err := sleep(ctx, min(wait, left)); err != nil {
+			return nil, fmt.Errorf("lock repository: %w", err)
+		}
+		wait = min(2*wait, lockRetryMax)
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-t.C:
+		return nil
+	}
+}
+
+// tryLock looks, writes, waits and looks again: of two that start at the same
+// time at least one sees the other.
+func (r *Repository) tryLock(ctx context.Context, exclusive bool) (*Lock, error) {
+	file := newLockFile(exclusive)
+	if err := r.checkLocks(ctx, file, ID{}); err != nil {
+		return nil, err
+	}
+	id, err := r.saveLock(ctx, file)
+	if err != nil {
+		return nil, fmt.Errorf("lock repository: %w", err)
+	}
+	if err = sleep(ctx, lockSettle); err == nil {
+		err = r.checkLocks(ctx, file, id)
+	}
+	if err != nil {
+		// Also when ctx is done the lock must go.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unlockTimeout)
+		defer cancel()
+		if rmErr := r.removeLock(ctx, id); rmErr != nil {
+			r.log.Warn("cannot remove an unused lock", "error", rmErr)
+		}
+		return nil, err
+	}
+	return startLock(ctx, r, file, id), nil
+}
+
+func (r *Repository) saveLock(ctx context.Context, file lockFile) (ID, error) {
+	plain, err := json.Marshal(file)
+	if err != nil {
+		return ID{}, fmt.Errorf("encode lock: %w", err)
+	}
+	id, _, err := r.saveUnpacked(ctx, backend.LockFile, plain)
+	return id, err
+}
+
+func (r *Repository) removeLock(ctx context.Context, id ID) error {
+	err := r.be.Remove(ctx, backend.Handle{Type: backend.LockFile, Name: id.String()})
+	if err != nil && !errors.Is(err, backend.ErrNotExist) {
+		return fmt.Errorf("remove lock %s: %w", id.Str(), err)
+	}
+	return nil
+}
+
+// checkLocks reports a lock other than own that forbids the wanted one. What
+// cannot be read is in the way: it may be an exclusive lock.
+func (r *Repository) checkLocks(ctx context.Context, wanted lockFile, own ID) error {
+	return r.eachLock(ctx, func(id ID, other lockFile, err error) error {
+		if id == own {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("lock repository: %w: there is a lock that cannot be read (%w); if no program uses the repository, `unlock --remove-all` removes it", ErrLocked, err)
+		}
+		if !wanted.Exclusive && !other.Exclusive {
+			return nil
+		}
+		if other.stale(time.Now()) {
+			return fmt.Errorf("lock repository: %w: %s; it looks left behind, `unlock` removes such locks", ErrLocked, other)
+		}
+		return fmt.Errorf("lock repository: %w: %s", ErrLocked, other)
+	})
+}
+
+// eachLock calls fn for every lock. Locks that go away meanwhile do not
+// count, nor do empty files, which a store that is not atomic may leave.
+func (r *Repository) eachLock(ctx context.Context, fn func(ID, lockFile, error) error) error {
+	files, err := listIDs(ctx, r.be, backend.LockFile)
+	if err != nil {
+		return fmt.Errorf("lock repository: %w", err)
+	}
+	for _, f := range files {
+		if f.size == 0 {
+			continue
+		}
+		var l lockFile
+		plain, err := r.loadUnpacked(ctx, backend.LockFile, f.id)
+		if err == nil {
+			if err = json.Unmarshal(plain, &l); err != nil {
+				err = fmt.Errorf("decode lock %s: %w", f.id.Str(), err)
+			}
+		}
+		if errors.Is(err, backend.ErrNotExist) {
+			continue
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("lock repository: %w", ctx.Err())
+		}
+		if err := fn(f.id, l, err); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// RemoveStaleLocks removes the locks that were left behind, or with all every
+// lock, and says how many. It leaves alone what it cannot read unless all is
+// set.
+func (r *Repository) RemoveStaleLocks(ctx context.Context, all bool) (removed int, err error) {
+	if all {
+		files, err := listIDs(ctx, r.be, backend.LockFile)
+		if err != nil {
+			return 0, err
+		}
+		for _, f := range files {
+			if err := r.removeLock(ctx, f.id); err != nil {
+				return removed, err
+			}
+			removed++
+		}
+		return removed, nil
+	}
+	err = r.eachLock(ctx, func(id ID, l lockFile, err error) error {
+		if err != nil {
+			r.log.Warn("leaving a lock that cannot be read", "error", err)
+			return nil
+		}
+		if !l.stale(time.Now()) {
+			return nil
+		}
+		if err := r.removeLock(ctx, id); err != nil {
+			return err
+		}
+		removed++
+		return nil
+	})
+	return removed, err
+}
