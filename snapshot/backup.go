@@ -32,9 +32,10 @@ type History interface {
 type Instant interface {
 	// Kind is how.
 	Kind() PointInTime
-	// Begin makes it stand still. From Begin to End nothing may be written
-	// to a file system but through the repository's backend.
-	Begin(ctx context.Context) error
+	// Begin makes it stand still. The context that it returns ends, with the
+	// cause, when the device no longer does. From Begin to End nothing may be
+	// written to a file system but through the repository's backend.
+	Begin(ctx context.Context) (context.Context, error)
 	// End lets it go and says for how long it stood still. It may be called
 	// again, and then does nothing.
 	End() (time.Duration, error)
@@ -114,7 +115,6 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 		return nil, err
 	}
 	b.w = r.NewWriter(ctx, repo.WriterOptions{})
-	defer b.w.Close()
 	res, key, err := b.copy(ctx)
 	if err != nil {
 		return nil, err
@@ -127,7 +127,8 @@ func (b *backup) copy(ctx context.Context) (res layer.Result, key SumKey, err er
 	still := b.Instant.Kind() == PointInTimeFreeze
 	b.r.DeferCache(still)
 	defer b.r.DeferCache(false)
-	if err := b.Instant.Begin(ctx); err != nil {
+	standing, err := b.Instant.Begin(ctx)
+	if err != nil {
 		return res, key, err
 	}
 	// After End, so that the log may lie on the file system that was frozen.
@@ -146,12 +147,17 @@ func (b *backup) copy(ctx context.Context) (res layer.Result, key SumKey, err er
 	if err := b.rotate(ctx); err != nil {
 		return res, key, err
 	}
-	if !still {
-		if err := b.commit(ctx); err != nil {
-			return res, key, err
-		}
+	// The tracker's lock is not held while the repository is waited for.
+	// Under a freeze the log must wait, and the kernel keeps the epoch.
+	if still {
+		err = b.unlock()
+	} else {
+		err = b.commit(ctx)
 	}
-	ranges, expected, err := b.plan(ctx)
+	if err != nil {
+		return res, key, err
+	}
+	ranges, expected, err := b.plan(standing)
 	if err != nil {
 		return res, key, err
 	}
@@ -159,7 +165,7 @@ func (b *backup) copy(ctx context.Context) (res layer.Result, key SumKey, err er
 		return res, key, err
 	}
 	res, err = layer.Write(ctx, b.w, layer.Options{
-		Source: b.Device, Size: b.Device.Size(), Ranges: ranges, Key: (*blocksum.Key)(&key),
+		Source: source{b.Device, standing}, Size: b.Device.Size(), Ranges: ranges, Key: (*blocksum.Key)(&key),
 		Polynomial: b.r.ChunkerPolynomial(), Parallel: b.Parallel, Time: b.Time, Expected: expected,
 		Progress: func(n int64) {
 			b.done += n
@@ -196,6 +202,30 @@ func (b *backup) rotate(ctx context.Context) error {
 	b.epoch = &e
 	return nil
 }
+
+func (b *backup) unlock() error {
+	if b.History == nil {
+		return nil
+	}
+	return b.History.Unlock()
+}
+
+// source reads the device only while it stands still.
+type source struct {
+	*device.Device
+	standing context.Context //nolint:containedctx // as long as one Instant
+}
+
+// ReadExtent implements [layer.Source].
+func (s source) ReadExtent(ctx context.Context, p []byte, off int64) error {
+	if err := context.Cause(s.standing); err != nil {
+		return err
+	}
+	return s.Device.ReadExtent(ctx, p, off)
+}
+
+// Buffer implements [layer.Source].
+func (s source) Buffer(n int) []byte { return device.AlignedBuffer(n) }
 
 // commit makes the ended epoch durable and lets the next backup of the device
 // have the tracker. It is done even when the backup failed or was interrupted.

@@ -74,7 +74,7 @@ func manifestAt(ctx context.Context, from Store, sn *repo.Snapshot, path string)
 	if file == nil || layers == nil || layers.Subtree == nil {
 		return nil, ErrNoDevice
 	}
-	b, err := layer.ReadFile(ctx, from, *file)
+	b, err := layer.ReadFile(ctx, from, file)
 	if err != nil {
 		return nil, err
 	}
@@ -97,10 +97,5 @@ func lookup(ctx context.Context, from Store, tree *repo.ID, name string) (*repo.
 	if err != nil {
 		return nil, err
 	}
-	for i := range t.Nodes {
-		if t.Nodes[i].Name == name {
-			return &t.Nodes[i], nil
-		}
-	}
-	return nil, nil
+	return t.Find(name), nil
 }

@@ -22,7 +22,11 @@ type candidate struct {
 // that cannot be read is reported and left out: to go on from another is safe.
 func candidates(ctx context.Context, from Store, name string, warn func(error)) ([]candidate, error) {
 	var out []candidate
-	err := from.ListSnapshots(ctx, func(id repo.ID, sn *repo.Snapshot) error {
+	err := from.ListSnapshots(ctx, func(id repo.ID, sn *repo.Snapshot, err error) error {
+		if err != nil {
+			warn(fmt.Errorf("snapshot %s is passed over: %w", id.Str(), err))
+			return nil
+		}
 		for _, path := range sn.Paths {
 			if path != name {
 				continue

@@ -40,9 +40,13 @@ type Summary struct {
 // save names what was stored in a snapshot.
 func (b *backup) save(ctx context.Context, res layer.Result, key SumKey) (*Summary, error) {
 	b.Progress(Progress{"storing", b.total, b.total})
+	identity, err := b.Device.Identity(ctx)
+	if err != nil {
+		return nil, err
+	}
 	m := &Manifest{
 		Version: manifestVersion, Device: b.Device.Path(), Size: b.Device.Size(), BlockSize: kernel.BlockSize,
-		Identity: b.Device.Identity(), PointInTime: b.pointInTime(ctx),
+		Identity: identity, PointInTime: b.pointInTime(ctx),
 		Changes: b.sum.Changes, FallbackReason: b.sum.FallbackReason, SumKey: key,
 	}
 	if b.epoch != nil {
@@ -115,8 +119,8 @@ func (b *backup) saveLayers(ctx context.Context, added *repo.ID) (repo.ID, int, 
 		}
 		tree.Nodes = append(tree.Nodes, layer.DirNode(name, *added, b.Time))
 	}
-	id, err := b.w.SaveTree(ctx, tree)
-	return id, len(tree.Nodes), err
+	saved, err := b.w.SaveTree(ctx, tree)
+	return saved.ID, len(tree.Nodes), err
 }
 
 // saveRoot stores device.json and the folders down to it.
@@ -129,26 +133,25 @@ func (b *backup) saveRoot(ctx context.Context, m *Manifest) (repo.ID, error) {
 	if err != nil {
 		return repo.ID{}, fmt.Errorf("save %s: %w", manifestFile, err)
 	}
-	nodes := []repo.Node{
+	nodes := []*repo.Node{
 		layer.FileNode(manifestFile, content, size, b.Time),
 		layer.DirNode(layersFolder, m.Layers, b.Time),
 	}
 	names := strings.Split(strings.Trim(b.Name, "/"), "/")
 	for i := len(names) - 1; ; i-- {
-		id, err := b.w.SaveTree(ctx, &repo.Tree{Nodes: nodes})
+		saved, err := b.w.SaveTree(ctx, &repo.Tree{Nodes: nodes})
 		if err != nil || i < 0 {
-			return id, err
+			return saved.ID, err
 		}
-		nodes = []repo.Node{layer.DirNode(names[i], id, b.Time)}
+		nodes = []*repo.Node{layer.DirNode(names[i], saved.ID, b.Time)}
 	}
 }
 
 // stored fills in what the repository grew by.
 func (b *backup) stored(snapshotSize int64) {
 	st := b.w.Stats()
-	data, meta, tree := st.Of(repo.KindData), st.Of(repo.KindMeta), st.Of(repo.KindTree)
-	b.sum.DataAdded, b.sum.DataAddedPacked = data.Plain, data.Stored
-	b.sum.MetadataAddedPacked = meta.Stored + tree.Stored + st.IndexBytes + snapshotSize
+	b.sum.DataAdded, b.sum.DataAddedPacked = st.Data.PlainBytes, st.Data.StoredBytes
+	b.sum.MetadataAddedPacked = st.Meta.StoredBytes + st.Tree.StoredBytes + st.IndexBytes + snapshotSize
 }
 
 // CleanName makes the name of a device in a snapshot of a path.
@@ -163,4 +166,3 @@ func CleanName(path string) (string, error) {
 	}
 	return "/" + strings.Trim(path, "/"), nil
 }
-

@@ -55,7 +55,7 @@ func Open(ctx context.Context, from Loader, layers repo.ID) ([]*Layer, error) {
 	return out, nil
 }
 
-func openLayer(ctx context.Context, from Loader, n repo.Node) (*Layer, error) {
+func openLayer(ctx context.Context, from Loader, n *repo.Node) (*Layer, error) {
 	number, err := parseName(n.Name)
 	if err != nil || n.Subtree == nil {
 		return nil, fmt.Errorf("%w: %q is not a layer", ErrDamaged, n.Name)
@@ -96,7 +96,7 @@ func openPart(ctx context.Context, from Loader, ref partRef) (*Part, error) {
 	if err != nil {
 		return fail(err)
 	}
-	files := map[string]repo.Node{}
+	files := map[string]*repo.Node{}
 	for _, n := range tree.Nodes {
 		files[n.Name] = n
 	}
@@ -132,7 +132,10 @@ type File struct {
 // openFile checks a file against the length that its index asks for. restic's
 // `repair snapshots` drops missing blobs from a file, which would shift all
 // that follows: the lengths tell.
-func openFile(from Loader, n repo.Node, want int64) (File, error) {
+func openFile(from Loader, n *repo.Node, want int64) (File, error) {
+	if n == nil {
+		return File{}, fmt.Errorf("%w: its data are missing", ErrDamaged)
+	}
 	f := File{Blobs: n.Content, ends: make([]int64, len(n.Content))}
 	var size int64
 	for i, id := range n.Content {
@@ -161,8 +164,8 @@ func (f *File) Locate(off int64) (blob int, in, left int64) {
 }
 
 // ReadFile loads a small file of ours.
-func ReadFile(ctx context.Context, from Loader, n repo.Node) ([]byte, error) {
-	if n.Type != repo.NodeTypeFile {
+func ReadFile(ctx context.Context, from Loader, n *repo.Node) ([]byte, error) {
+	if n == nil || n.Type != repo.NodeFile {
 		return nil, fmt.Errorf("%w: file is missing", ErrDamaged)
 	}
 	var out []byte

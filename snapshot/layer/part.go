@@ -47,10 +47,6 @@ type part struct {
 	sumBlob []*blob
 }
 
-func (p *part) full() bool {
-	return len(p.blobs) >= maxPartBlobs || len(p.extents) >= maxPartExtents
-}
-
 // extent adds a described range behind the last one.
 func (p *part) extent(e extent) {
 	if n := len(p.extents); n > 0 {

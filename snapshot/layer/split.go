@@ -30,7 +30,7 @@ type splitter struct {
 	part *part
 	emit func(*blob, []byte) error // hands a finished blob to the workers
 	room func() []byte             // an empty buffer for a blob
-	roll func(end int64) error     // closes the part, when it is full, at end
+	roll func(end int64) error     // closes the part at end
 	base *chunker.BaseChunker
 	pol  chunker.Pol
 
@@ -255,12 +255,9 @@ func (s *splitter) closeGather() error {
 	return err
 }
 
-// settle closes the part if it is full. It is called between pieces, so that
-// a part always ends at a whole block.
+// settle closes the part. It is called between pieces, so that a part always
+// ends at a whole block.
 func (s *splitter) settle() error {
-	if !s.part.full() {
-		return nil
-	}
 	if err := s.finish(); err != nil {
 		return err
 	}

@@ -29,9 +29,9 @@ type PartFiles struct {
 }
 
 // SavePart stores the index and the tree of a part and returns its node.
-func SavePart(ctx context.Context, to Saver, f PartFiles) (repo.Node, error) {
-	fail := func(err error) (repo.Node, error) {
-		return repo.Node{}, fmt.Errorf("save part at %d: %w", f.Index.Start, err)
+func SavePart(ctx context.Context, to Saver, f PartFiles) (*repo.Node, error) {
+	fail := func(err error) (*repo.Node, error) {
+		return nil, fmt.Errorf("save part at %d: %w", f.Index.Start, err)
 	}
 	if err := f.Index.Validate(); err != nil {
 		return fail(err)
@@ -40,16 +40,16 @@ func SavePart(ctx context.Context, to Saver, f PartFiles) (repo.Node, error) {
 	if err != nil {
 		return fail(err)
 	}
-	tree := &repo.Tree{Nodes: []repo.Node{
+	tree := &repo.Tree{Nodes: []*repo.Node{
 		FileNode(dataFile, f.Data, f.Index.DataLength, f.Time),
 		FileNode(indexFile, index, size, f.Time),
 		FileNode(sumsFile, f.Sums, f.SumSize, f.Time),
 	}}
-	id, err := to.SaveTree(ctx, tree)
+	saved, err := to.SaveTree(ctx, tree)
 	if err != nil {
 		return fail(err)
 	}
-	return DirNode(formatName(uint64(f.Index.Start)), id, f.Time), nil
+	return DirNode(formatName(uint64(f.Index.Start)), saved.ID, f.Time), nil
 }
 
 // SaveFile stores a small file of ours, in blobs of at most 1 MiB.

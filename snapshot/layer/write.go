@@ -21,7 +21,7 @@ import (
 // Its methods may be called from many goroutines.
 type Saver interface {
 	SaveBlob(ctx context.Context, kind repo.Kind, data []byte) (repo.Saved, error)
-	SaveTree(ctx context.Context, tree *repo.Tree) (repo.ID, error)
+	SaveTree(ctx context.Context, tree *repo.Tree) (repo.Saved, error)
 }
 
 // Options say what to write.
@@ -38,6 +38,9 @@ type Options struct {
 	// AfterRead is called once, when the last read has been done and before
 	// its data has been stored: the device may be let go.
 	AfterRead func() error
+
+	// The limits of a part; 0 means maxPartBlobs and maxPartExtents.
+	maxBlobs, maxExtents int
 }
 
 // Result says what was written.
@@ -56,6 +59,9 @@ func Write(ctx context.Context, to Saver, o Options) (Result, error) {
 	}
 	if o.Progress == nil {
 		o.Progress = func(int64) {}
+	}
+	if o.maxBlobs == 0 {
+		o.maxBlobs, o.maxExtents = maxPartBlobs, maxPartExtents
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -84,7 +90,7 @@ type writer struct {
 	o      Options
 	part   *part
 	split  *splitter
-	parts  []repo.Node
+	parts  []*repo.Node
 	jobs   chan job
 	open   sync.WaitGroup // jobs of the part that are not done
 	wg     sync.WaitGroup
@@ -160,9 +166,12 @@ func (w *writer) run(ctx context.Context) error {
 	if len(w.parts) == 0 {
 		return nil
 	}
-	tree, err := w.saveTree(ctx, w.parts)
-	w.result.Tree = &tree
-	return err
+	saved, err := w.to.SaveTree(ctx, &repo.Tree{Nodes: w.parts})
+	if err != nil {
+		return fmt.Errorf("save layer: %w", err)
+	}
+	w.result.Tree = &saved.ID
+	return nil
 }
 
 // piece passes the blocks that count to the splitter, in stretches of zeros
@@ -185,6 +194,9 @@ func (w *writer) piece(ctx context.Context, p *piece) error {
 	}
 	if err := w.saveSums(ctx, metaBlob); err != nil {
 		return err
+	}
+	if len(w.part.blobs) < w.o.maxBlobs && len(w.part.extents) < w.o.maxExtents {
+		return nil
 	}
 	return w.split.settle()
 }
@@ -299,14 +311,6 @@ func (w *writer) closePart(ctx context.Context, end int64) error {
 	return nil
 }
 
-func (w *writer) saveTree(ctx context.Context, nodes []repo.Node) (repo.ID, error) {
-	id, err := w.to.SaveTree(ctx, &repo.Tree{Nodes: nodes})
-	if err != nil {
-		return id, fmt.Errorf("save layer: %w", err)
-	}
-	return id, nil
-}
-
 func ids(blobs []*blob) []repo.ID {
 	out := make([]repo.ID, len(blobs))
 	for i, b := range blobs {
@@ -314,4 +318,3 @@ func ids(blobs []*blob) []repo.ID {
 	}
 	return out
 }
-

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+// Command dsync-backup backs up block devices into a restic repository, in
+// time and bytes proportional to what was written since the last backup.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/snapshot/freeze"
+)
+
+// version is set by the Makefile.
+var version = "0.1.0-dev"
+
+// Exit codes, as restic's.
+const (
+	exitDone         = 0
+	exitFailed       = 1
+	exitNoRepository = 10
+	exitLocked       = 11
+	exitPassword     = 12
+	exitInterrupted  = 130
+)
+
+// errDifferent ends a command that worked and found a difference: exit code 1
+// without a further message.
+var errSaid = errors.New("")
+
+func main() {
+	if freeze.IsWatchdog(os.Args) {
+		os.Exit(freeze.WatchdogMain())
+	}
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+}
+
+func run(args []string, stdout, stderr io.Writer) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	// After the first signal the second one kills.
+	context.AfterFunc(ctx, stop)
+
+	g := &globals{stdout: stdout, stderr: stderr}
+	root := newRoot(g)
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	g.close()
+	if err == nil {
+		return exitDone
+	}
+	code := exitCode(ctx, err)
+	if !errors.Is(err, errSaid) {
+		report(stderr, g.json, code, err)
+	}
+	return code
+}
+
+func exitCode(ctx context.Context, err error) int {
+	switch {
+	case ctx.Err() != nil:
+		return exitInterrupted
+	case errors.Is(err, repo.ErrNoRepository):
+		return exitNoRepository
+	case errors.Is(err, repo.ErrLocked):
+		return exitLocked
+	case errors.Is(err, repo.ErrWrongPassword):
+		return exitPassword
+	}
+	return exitFailed
+}
+
+// report says in one line what failed.
+func report(w io.Writer, asJSON bool, code int, err error) {
+	text := strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' }), "; ")
+	if code == exitInterrupted {
+		text = "interrupted: " + text
+	}
+	if asJSON {
+		_ = json.NewEncoder(w).Encode(map[string]any{"message_type": "exit_error", "code": code, "message": text})
+		return
+	}
+	fmt.Fprintln(w, "dsync-backup:", text)
+}
+
+func newRoot(g *globals) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "dsync-backup",
+		Short: "Incremental backups of block devices into a restic repository",
+		Long: `dsync-backup backs up Linux block devices into an ordinary restic repository,
+in time and bytes proportional to what was written since the last backup.
+
+EXIT STATUS
+  0 done, 1 failed, 10 no repository, 11 cannot lock, 12 wrong password,
+  130 interrupted`,
+		Version:       version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.CompletionOptions.HiddenDefaultCmd = true
+	g.register(root.PersistentFlags())
+	root.AddCommand(
+		newInit(g), newTrack(g), newBackup(g), newSnapshots(g), newLs(g),
+		newRestore(g), newDump(g), newVerify(g), newUnlock(g),
+	)
+	return root
+}

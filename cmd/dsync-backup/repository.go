@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"sort"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/snapshot"
+)
+
+func newInit(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use:   "init",
+		Short: "Make a new repository (restic's format, version 2)",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx := cmd.Context()
+			be, err := g.openBackend(ctx)
+			if err != nil {
+				return err
+			}
+			password, err := g.password(ctx, true)
+			if err != nil {
+				return err
+			}
+			o, err := g.options()
+			if err != nil {
+				return err
+			}
+			r, err := repo.Init(ctx, be, password, o)
+			if err != nil {
+				return err
+			}
+			defer r.Close()
+			if g.json {
+				g.printJSON(g.stdout, map[string]string{"message_type": "initialized", "id": r.ID(), "repository": r.Location()})
+			} else if !g.quiet {
+				fmt.Fprintf(g.stdout, "created repository %.10s at %s\nKeep the password: without it the data are lost.\n", r.ID(), r.Location())
+			}
+			return nil
+		},
+	}
+}
+
+func newUnlock(g *globals) *cobra.Command {
+	all := false
+	cmd := &cobra.Command{
+		Use:   "unlock",
+		Short: "Remove locks that dead processes left",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := g.open(cmd.Context())
+			if err != nil {
+				return err
+			}
+			n, err := r.RemoveStaleLocks(cmd.Context(), all)
+			if err != nil {
+				return err
+			}
+			if g.json {
+				g.printJSON(g.stdout, map[string]any{"message_type": "summary", "removed": n})
+			} else {
+				fmt.Fprintf(g.stdout, "removed %d locks\n", n)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&all, "remove-all", false, "remove live locks as well")
+	return cmd
+}
+
+// filterFlags adds the flags that narrow down snapshots, and returns what makes
+// a filter of them.
+func filterFlags(cmd *cobra.Command) func() repo.SnapshotFilter {
+	var f repo.SnapshotFilter
+	var tags []string
+	cmd.Flags().StringArrayVarP(&f.Hosts, "host", "H", nil, "only snapshots of this `host` (may be given again)")
+	cmd.Flags().StringArrayVar(&f.Paths, "path", nil, "only snapshots of this `path`")
+	cmd.Flags().StringArrayVar(&tags, "tag", nil, "only snapshots with all of these `tag[,tag,…]` (may be given again: or)")
+	return func() repo.SnapshotFilter {
+		for _, t := range tags {
+			f.Tags = append(f.Tags, strings.Split(t, ","))
+		}
+		return f
+	}
+}
+
+// listedSnapshot has restic's fields.
+type listedSnapshot struct {
+	*repo.Snapshot
+	ID      repo.ID `json:"id"`
+	ShortID string  `json:"short_id"`
+}
+
+func newSnapshots(g *globals) *cobra.Command {
+	var filter func() repo.SnapshotFilter
+	cmd := &cobra.Command{
+		Use:   "snapshots [SNAPSHOT ...]",
+		Short: "List the snapshots, restic's own too",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r, ctx, err := g.openLocked(cmd.Context())
+			if err != nil {
+				return err
+			}
+			list, err := listSnapshots(ctx, g, r, filter(), args)
+			if err != nil {
+				return err
+			}
+			if g.json {
+				g.printJSON(g.stdout, list)
+				return nil
+			}
+			return printSnapshots(ctx, g, r, list)
+		},
+	}
+	filter = filterFlags(cmd)
+	return cmd
+}
+
+func listSnapshots(ctx context.Context, g *globals, r *repo.Repository, filter repo.SnapshotFilter, names []string) ([]listedSnapshot, error) {
+	list := []listedSnapshot{}
+	if len(names) > 0 {
+		for _, name := range names {
+			id, sn, err := r.FindSnapshot(ctx, name, filter)
+			if err != nil {
+				return nil, err
+			}
+			list = append(list, listedSnapshot{sn, id, id.Str()})
+		}
+		return list, nil
+	}
+	err := r.ListSnapshots(ctx, func(id repo.ID, sn *repo.Snapshot, err error) error {
+		if err != nil {
+			g.warn(fmt.Errorf("snapshot %s: %w", id.Str(), err))
+		} else if filter.Match(sn) {
+			list = append(list, listedSnapshot{sn, id, id.Str()})
+		}
+		return nil
+	})
+	sort.Slice(list, func(i, j int) bool { return list[i].Time.Before(list[j].Time) })
+	return list, err
+}
+
+func printSnapshots(ctx context.Context, g *globals, r *repo.Repository, list []listedSnapshot) error {
+	fmt.Fprintf(g.stdout, "%-10s%-21s%-16s%-20s%-12s%-11s%s\n", "ID", "Time", "Host", "Tags", "Size", "Changes", "Paths")
+	for _, s := range list {
+		bytes, changes := "", ""
+		if devices, err := snapshot.Devices(ctx, snapshot.Store{Repository: r}, s.ID, s.Snapshot); err == nil {
+			var n int64
+			for _, d := range devices {
+				n += d.Manifest.Size
+				changes = string(d.Manifest.Changes)
+			}
+			bytes = size(n)
+		}
+		fmt.Fprintf(g.stdout, "%-10s%-21s%-16.15s%-20s%-12s%-11s%s\n", s.ShortID, s.Time.Local().Format("2006-01-02 15:04:05"),
+			s.Hostname, strings.Join(s.Tags, ","), bytes, changes, strings.Join(s.Paths, " "))
+	}
+	fmt.Fprintf(g.stdout, "%d snapshots\n", len(list))
+	return nil
+}
