@@ -156,7 +156,8 @@ func sourceOf(m *Mount) ([]Number, error) {
 // btrfsID asks for the UUID under which sysfs lists the file system: the
 // ioctl BTRFS_IOC_FS_INFO and its argument are in linux/btrfs.h.
 func btrfsID(f *os.File) (string, error) {
-	const fsInfo = 2<<30 | 1024<<16 | 0x94<<8 | 31 // _IOR(0x94, 31, char[1024])
+	// _IOR(0x94, 31, char[1024]), with the direction bits of this architecture.
+	const fsInfo = unix.BLKGETSIZE64&0xe0000000 | 1024<<16 | 0x94<<8 | 31
 	var arg struct {
 		maxID, devices uint64
 		fsid           [16]byte
