@@ -38,6 +38,8 @@ type Server struct {
 	CACert    string // file of the certificate to trust; "" without TLS
 
 	t      testing.TB
+	env    []string
+	data   string
 	dir    string
 	exited chan struct{} // closed when the process has ended; nil before a start
 	proc   *os.Process
@@ -46,10 +48,18 @@ type Server struct {
 // Option changes how [Start] runs the server.
 type Option func(*Server)
 
+// WithEnv adds variables (NAME=value) to the server's environment; MinIO takes
+// all its settings there.
+func WithEnv(env ...string) Option { return func(s *Server) { s.env = append(s.env, env...) } }
+
+// WithData makes the server keep its data in dir, on a small disk perhaps.
+func WithData(dir string) Option { return func(s *Server) { s.data = dir } }
+
 // Start runs a server until the test ends.
 func Start(t testing.TB, opts ...Option) *Server {
 	t.Helper()
 	s := &Server{AccessKey: "root-of-the-test", SecretKey: "secret-of-the-test", t: t, dir: t.TempDir()}
+	s.data = filepath.Join(s.dir, "data")
 	for _, o := range opts {
 		o(s)
 	}
@@ -120,9 +130,10 @@ func (s *Server) start() error {
 	}
 	defer log.Close()
 	cmd := exec.Command(bin, "server", "--quiet", "--address", s.Host,
-		"--certs-dir", filepath.Join(s.dir, "certs"), filepath.Join(s.dir, "data"))
+		"--certs-dir", filepath.Join(s.dir, "certs"), s.data)
 	cmd.Env = append(os.Environ(), "MINIO_ROOT_USER="+s.AccessKey, "MINIO_ROOT_PASSWORD="+s.SecretKey,
 		"MINIO_BROWSER=off", "MINIO_UPDATE=off", "MINIO_CI_CD=on", "HOME="+s.dir)
+	cmd.Env = append(cmd.Env, s.env...)
 	cmd.Stdout, cmd.Stderr = log, log
 	// The kernel kills the server when the thread that started it ends, so
 	// that thread stays until the server has ended.

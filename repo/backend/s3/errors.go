@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strings"
 	"time"
 
@@ -63,7 +64,11 @@ func (b *Backend) explainResponse(t backend.FileType, e minio.ErrorResponse) err
 	case minio.RequestTimeTooSkewed:
 		return b.skewed()
 	case minio.AccessDenied, minio.AllAccessDisabled, "AccessForbidden":
-		return permanentf("access key ID %q is not allowed to do this with bucket %q: %s", b.keyID, bucket, oneLine(e.Message))
+		who := fmt.Sprintf("access key ID %q is", b.keyID)
+		if b.opts.Anonymous {
+			who = "unsigned requests are"
+		}
+		return permanentf("%s not allowed to do this with bucket %q, check its policy: %s", who, bucket, oneLine(e.Message))
 	case minio.InvalidBucketName:
 		return permanentf("%q is not a valid bucket name", bucket)
 	case "InvalidRegion", minio.AuthorizationHeaderMalformed, "PermanentRedirect", "IllegalLocationConstraintException":
@@ -74,9 +79,15 @@ func (b *Backend) explainResponse(t backend.FileType, e minio.ErrorResponse) err
 		return permanentf("the object lies in an archive (storage class), restore it there first: %s", oneLine(e.Message))
 	}
 	err := fmt.Errorf("%s (%s)", oneLine(e.Error()), e.Code)
-	switch e.StatusCode {
-	case http.StatusInsufficientStorage:
+	// MinIO says so if it finds out in mid-write.
+	if e.StatusCode == http.StatusInsufficientStorage || strings.Contains(e.Message, "no space left on device") {
 		return permanentf("the store is full, make room and try again: %w", err)
+	}
+	// So say Go's servers and nginx.
+	if strings.Contains(e.Message, "HTTPS server") || strings.Contains(e.Message, "HTTPS port") {
+		return permanentf("%s speaks TLS, write s3:https://%s/…", host, host)
+	}
+	switch e.StatusCode {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotImplemented,
 		http.StatusMovedPermanently, http.StatusPermanentRedirect:
 		return backend.Permanent(err)
@@ -107,7 +118,11 @@ func (b *Backend) explainNetwork(err error) error {
 		return permanentf("%s does not speak TLS, write s3:http://%s/…", b.loc.Host, b.loc.Host)
 	}
 	if oe := (*net.OpError)(nil); errors.As(err, &oe) && oe.Op == "dial" {
-		return fmt.Errorf("connect to %s: %w", b.loc.Host, oe.Err)
+		err = oe.Err
+		if se := (*os.SyscallError)(nil); errors.As(err, &se) {
+			err = se.Err
+		}
+		return fmt.Errorf("connect to %s: %w", b.loc.Host, err)
 	}
 	return err
 }
