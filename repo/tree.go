@@ -84,13 +84,50 @@ func DecodeTree(data []byte) (*Tree, error) {
 	return &t, nil
 }
 
-// SaveTree encodes and saves a tree.
+// SaveTree encodes and saves a tree. Every blob and subtree that it names must
+// be in the repository or saved by this writer, and a file's size must be the
+// sum of its blobs': a tree that restic's check would complain about is an
+// error.
 func (w *Writer) SaveTree(ctx context.Context, t *Tree) (Saved, error) {
 	data, err := t.Encode()
 	if err != nil {
 		return Saved{}, err
 	}
+	for _, n := range t.Nodes {
+		if err := w.checkNode(n); err != nil {
+			return Saved{}, fmt.Errorf("save tree: node %q: %w", n.Name, err)
+		}
+	}
 	return w.SaveBlob(ctx, KindTree, data)
+}
+
+func (w *Writer) checkNode(n *Node) error {
+	if n.Subtree != nil {
+		if h := (BlobHandle{Type: TreeBlob, ID: *n.Subtree}); !w.has(h) {
+			return fmt.Errorf("%s: %w", h, ErrBlobNotFound)
+		}
+	}
+	if n.Type != NodeFile {
+		return nil
+	}
+	var sum uint64
+	for _, id := range n.Content {
+		h := BlobHandle{Type: DataBlob, ID: id}
+		size, ok := w.BlobSize(h)
+		if !ok {
+			return fmt.Errorf("%s: %w", h, ErrBlobNotFound)
+		}
+		sum += uint64(size)
+	}
+	if sum != n.Size {
+		return fmt.Errorf("its size is %d bytes, but its blobs have %d", n.Size, sum)
+	}
+	return nil
+}
+
+func (w *Writer) has(h BlobHandle) bool {
+	_, ok := w.BlobSize(h)
+	return ok
 }
 
 // LoadTree loads a directory, through the cache.

@@ -72,7 +72,9 @@ type Writer struct {
 	// inFlight are the blobs that this writer has taken on and that lookups do
 	// not find yet. It is not shared with other writers: theirs may fail.
 	flightMu sync.Mutex
-	inFlight map[BlobHandle]struct{}
+	inFlight map[BlobHandle]int // length of the plaintext
+
+	indexBlobs int // how many blobs make an index file due
 
 	indexMu sync.Mutex
 	pending []index.Pack // uploaded, not in an index file yet
@@ -98,7 +100,8 @@ func (r *Repository) NewWriter(ctx context.Context, _ WriterOptions) *Writer {
 		memory:      semaphore.NewWeighted(uploadMemory),
 		connections: semaphore.NewWeighted(int64(max(1, r.be.Connections()))),
 		scratch:     sync.Pool{New: func() any { return new(scratch) }},
-		inFlight:    map[BlobHandle]struct{}{},
+		inFlight:    map[BlobHandle]int{},
+		indexBlobs:  indexBlobs,
 	}
 	w.ctx, w.cancel = context.WithCancelCause(ctx)
 	for k := range w.packers {
@@ -126,7 +129,7 @@ func (w *Writer) SaveBlob(ctx context.Context, kind Kind, data []byte) (Saved, e
 	s := Saved{ID: Hash(data), PlainSize: len(data)}
 	h := BlobHandle{Type: kind.BlobType(), ID: s.ID}
 	// First claim, then look: a blob leaves inFlight only after lookups find it.
-	if !w.claim(h) {
+	if !w.claim(h, len(data)) {
 		s.Known = true
 		return s, nil
 	}
@@ -145,14 +148,26 @@ func (w *Writer) SaveBlob(ctx context.Context, kind Kind, data []byte) (Saved, e
 	return s, nil
 }
 
-func (w *Writer) claim(h BlobHandle) bool {
+func (w *Writer) claim(h BlobHandle, size int) bool {
 	w.flightMu.Lock()
 	defer w.flightMu.Unlock()
 	if _, taken := w.inFlight[h]; taken {
 		return false
 	}
-	w.inFlight[h] = struct{}{}
+	w.inFlight[h] = size
 	return true
+}
+
+// BlobSize is the length of the plaintext of a blob that the repository or
+// this writer has, in bytes.
+func (w *Writer) BlobSize(h BlobHandle) (int, bool) {
+	w.flightMu.Lock()
+	size, ok := w.inFlight[h]
+	w.flightMu.Unlock()
+	if ok {
+		return size, true
+	}
+	return w.repo.BlobSize(h)
 }
 
 func (w *Writer) release(h BlobHandle) {
@@ -208,7 +223,7 @@ func (w *Writer) indexPack(id ID, blobs []pack.Blob) error {
 	}
 	w.pending = append(w.pending, index.Pack{ID: id, Blobs: blobs})
 	w.blobs += len(blobs)
-	due := w.blobs >= indexBlobs || time.Since(w.oldest) >= indexAge
+	due := w.blobs >= w.indexBlobs || time.Since(w.oldest) >= indexAge
 	w.indexMu.Unlock()
 	if !due {
 		return nil
