@@ -17,12 +17,13 @@ import (
 	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
 
-// History is a tracker together with its epoch log: an epochlog.Session.
+// History is a tracker together with its epoch log, as package epochlog makes
+// one. It comes unlocked.
 type History interface {
 	Status(ctx context.Context) (kernel.Status, error)
 	Rotate(ctx context.Context) (kernel.Epoch, error)
 	Commit(ctx context.Context) error
-	Since(pos kernel.Position) (*kernel.Bitmap, error)
+	Since(ctx context.Context, pos kernel.Position) (*kernel.Bitmap, error)
 	Peek(ctx context.Context) (*kernel.Bitmap, error)
 	Unlock() error
 	Relock(ctx context.Context) error
@@ -125,6 +126,13 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 // copy makes the instant, ends the epoch, and stores what changed.
 func (b *backup) copy(ctx context.Context) (res layer.Result, key SumKey, err error) {
 	still := b.Instant.Kind() == PointInTimeFreeze
+	if b.History != nil {
+		// Before the device stands still, since this may write to the log.
+		if err := b.History.Relock(ctx); err != nil {
+			return res, key, err
+		}
+		defer func() { err = errors.Join(err, b.History.Unlock()) }()
+	}
 	b.r.DeferCache(still)
 	defer b.r.DeferCache(false)
 	standing, err := b.Instant.Begin(ctx)
@@ -250,7 +258,7 @@ func (b *backup) plan(ctx context.Context) (iter.Seq[layer.Range], layer.Expecte
 			yield(kernel.Extent{Length: size})
 		}
 	}
-	if err := b.choose(); err != nil {
+	if err := b.choose(ctx); err != nil {
 		return nil, nil, err
 	}
 	switch b.sum.Changes {
@@ -279,7 +287,7 @@ func (b *backup) plan(ctx context.Context) (iter.Seq[layer.Range], layer.Expecte
 }
 
 // choose sets the source of changes and the parent.
-func (b *backup) choose() error {
+func (b *backup) choose(ctx context.Context) error {
 	want := b.Changes
 	if want == ChangesFull {
 		b.sum.Changes = ChangesFull
@@ -294,7 +302,7 @@ func (b *backup) choose() error {
 	}
 	if b.epoch != nil && want != ChangesCompare {
 		var reason string
-		b.parent, b.dirty, reason = bridge(b.cands, b.History, b.epoch.Position)
+		b.parent, b.dirty, reason = bridge(ctx, b.cands, b.History, b.epoch.Position)
 		if b.parent != nil {
 			b.sum.Changes, b.sum.FallbackReason = ChangesTracker, ""
 			return nil

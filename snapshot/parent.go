@@ -54,7 +54,7 @@ func candidates(ctx context.Context, from Store, name string, warn func(error)) 
 // bridge picks the candidate with the highest position of this tracker that
 // can be bridged, and the blocks written since. Without one, the reason says
 // why the best of them is not usable; it is empty where there is none at all.
-func bridge(cands []candidate, h History, now kernel.Position) (*candidate, *kernel.Bitmap, string) {
+func bridge(ctx context.Context, cands []candidate, h History, now kernel.Position) (*candidate, *kernel.Bitmap, string) {
 	var ours []*candidate
 	reason := ""
 	for i := range cands {
@@ -70,7 +70,7 @@ func bridge(cands []candidate, h History, now kernel.Position) (*candidate, *ker
 	}
 	sort.SliceStable(ours, func(i, j int) bool { return ours[i].Manifest.Position.Epoch > ours[j].Manifest.Position.Epoch })
 	for i, c := range ours {
-		dirty, err := h.Since(*c.Manifest.Position)
+		dirty, err := h.Since(ctx, *c.Manifest.Position)
 		if err == nil {
 			return c, dirty, ""
 		}

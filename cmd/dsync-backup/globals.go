@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -19,11 +18,12 @@ import (
 	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/repo/backend/limit"
 	"github.com/dsync-backup/dsync-backup/repo/backend/location"
+	"github.com/dsync-backup/dsync-backup/snapshot/freeze"
 )
 
 // globals are the flags that every command has, and what commands share.
 type globals struct {
-	stdout, stderr io.Writer
+	stdout, stderr *freeze.HoldOutput
 
 	repo            string
 	repoFile        string

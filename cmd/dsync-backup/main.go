@@ -34,18 +34,25 @@ const (
 	exitInterrupted  = 130
 )
 
-// errDifferent ends a command that worked and found a difference: exit code 1
+// heldOutput bounds what is held back of our output while a file system is
+// frozen, in bytes.
+const heldOutput = 1 << 20
+
+// errSaid ends a command that worked and found a difference: exit code 1
 // without a further message.
 var errSaid = errors.New("")
 
 func main() {
-	if freeze.IsWatchdog(os.Args) {
+	if freeze.IsWatchdog() {
 		os.Exit(freeze.WatchdogMain())
 	}
-	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+	// What we print while a file system is frozen waits for the thaw: whoever
+	// reads it may be writing to that file system.
+	out, errs := freeze.NewHoldOutput(os.Stdout, heldOutput), freeze.NewHoldOutput(os.Stderr, heldOutput)
+	os.Exit(run(os.Args[1:], out, errs))
 }
 
-func run(args []string, stdout, stderr io.Writer) int {
+func run(args []string, stdout, stderr *freeze.HoldOutput) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 	// After the first signal the second one kills.

@@ -54,7 +54,7 @@ type progress struct {
 
 func (g *globals) progress(verb string) *progress {
 	p := &progress{g: g, verb: verb, start: time.Now(), last: time.Now(), every: 10 * time.Second}
-	if f, ok := g.stderr.(*os.File); ok && term.IsTerminal(int(f.Fd())) && !g.json {
+	if term.IsTerminal(int(os.Stderr.Fd())) && !g.json {
 		p.tty, p.every = true, 200*time.Millisecond
 	}
 	if g.json {

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -70,7 +69,7 @@ func openSource(ctx context.Context, g *globals, f *backupFlags, p *progress, pa
 	case f.snapshot == "auto":
 		err = fmt.Errorf("%s is mounted read-write (%v): say --snapshot freeze for a point in time, or --snapshot none", path, use)
 	default:
-		s.instant, err = newFrozen(ctx, g, f, p, use.Mounts)
+		s.instant, err = newFrozen(ctx, g, f, p, path, use.Mounts)
 	}
 	if err != nil {
 		s.device.Close()
@@ -85,20 +84,24 @@ func openSource(ctx context.Context, g *globals, f *backupFlags, p *progress, pa
 // frozen is the Instant of frozen file systems.
 type frozen struct {
 	freezer *freeze.Freezer
+	path    string
 	p       *progress
+	cancel  context.CancelFunc
 	begun   bool
 	took    time.Duration
 }
 
-func newFrozen(ctx context.Context, g *globals, f *backupFlags, p *progress, mounts []device.Mount) (*frozen, error) {
+func newFrozen(ctx context.Context, g *globals, f *backupFlags, p *progress, path string, mounts []device.Mount) (*frozen, error) {
 	if err := checkRepository(g, mounts); err != nil {
 		return nil, err
 	}
-	freezer, err := freeze.Start(ctx, mounts, freeze.Options{MaxFreeze: f.maxFreeze})
+	freezer, err := freeze.Start(ctx, mounts, freeze.Options{
+		MaxFreeze: f.maxFreeze, Outputs: []*freeze.HoldOutput{g.stdout, g.stderr},
+	})
 	if err != nil {
 		return nil, err
 	}
-	return &frozen{freezer: freezer, p: p}, nil
+	return &frozen{freezer: freezer, path: path, p: p}, nil
 }
 
 // checkRepository refuses a repository on a file system that will be frozen:
@@ -130,10 +133,18 @@ func (f *frozen) Kind() snapshot.PointInTime { return snapshot.PointInTimeFreeze
 func (f *frozen) Begin(ctx context.Context) (context.Context, error) {
 	f.p.hold(true)
 	f.begun = true
-	if err := freeze.LockMemory(); err != nil {
+	if err := f.freezer.Freeze(ctx); err != nil {
 		return nil, err
 	}
-	return f.freezer.Freeze(ctx)
+	now, err := device.Mounts(f.path)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.freezer.Covers(now); err != nil {
+		return nil, err
+	}
+	ctx, f.cancel = f.freezer.WithContext(ctx)
+	return ctx, nil
 }
 
 // End implements snapshot.Instant.
@@ -142,11 +153,13 @@ func (f *frozen) End() (time.Duration, error) {
 		return f.took, nil
 	}
 	f.begun = false
-	took, err := f.freezer.Thaw()
-	f.took = took
-	err = errors.Join(err, freeze.UnlockMemory())
+	if f.cancel != nil {
+		defer f.cancel()
+	}
+	var err error
+	f.took, err = f.freezer.Thaw()
 	f.p.hold(false)
-	return took, err
+	return f.took, err
 }
 
 func (f *frozen) close() {

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: BSD-2-Clause
+
+BUILD := .build
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+GO := go
+export GOFLAGS := -buildvcs=false
+export GOTOOLCHAIN := auto
+
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## build ./dsync-backup
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o dsync-backup ./cmd/dsync-backup
+
+demo: ## as root: track, back up, change and restore a loop device, and show the figures
+	@tools/install demo
+	@$(MAKE) --no-print-directory build
+	@tools/demo
+
+test: ## as root: install what the tests need, then run them all (SOAK=1: the long counts)
+	@tools/install test
+	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
+	$(GO) vet ./...
+	$(GO) test -timeout 50m -p 1 ./...
+
+lint: $(BUILD)/golangci-lint $(BUILD)/gofumpt ## run the linters
+	$(BUILD)/golangci-lint run ./...
+	@test -z "$$($(BUILD)/gofumpt -l cmd kernel repo restore snapshot systemtest)"
+
+generate: ## rebuild the eBPF objects (needs clang and libbpf-dev)
+	$(GO) generate ./...
+
+bench: ## memory and throughput of backup and restore (minutes; needs root)
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./snapshot/... ./restore/... ./kernel/bpf ./systemtest
+
+clean: ## remove what was built
+	rm -rf $(BUILD) dsync-backup
+
+$(BUILD)/restic-0.18: tools/restic/go.mod
+	cd tools/restic && $(GO) build -o ../../$@ github.com/restic/restic/cmd/restic
+
+$(BUILD)/minio: tools/minio/go.mod
+	cd tools/minio && $(GO) build -o ../../$@ github.com/minio/minio
+
+$(BUILD)/golangci-lint: tools/lint/go.mod
+	cd tools/lint && $(GO) build -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+$(BUILD)/gofumpt: tools/lint/go.mod
+	cd tools/lint && $(GO) build -o ../../$@ mvdan.cc/gofumpt
+
+.PHONY: help build demo test lint generate bench clean

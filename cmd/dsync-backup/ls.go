@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/snapshot"
+	"github.com/dsync-backup/dsync-backup/snapshot/layer"
+)
+
+// selectFlags picks one device of one snapshot.
+type selectFlags struct {
+	filter func() repo.SnapshotFilter
+	device string
+}
+
+func (s *selectFlags) register(cmd *cobra.Command) {
+	s.filter = filterFlags(cmd)
+	cmd.Flags().StringVar(&s.device, "device", "", "`name` of the device, if the snapshot holds several")
+}
+
+// find finds the device that the user means.
+func (s *selectFlags) find(ctx context.Context, r *repo.Repository, name string) (snapshot.Device, error) {
+	id, sn, err := r.FindSnapshot(ctx, name, s.filter())
+	if err != nil {
+		return snapshot.Device{}, err
+	}
+	devices, err := snapshot.Devices(ctx, snapshot.Store{Repository: r}, id, sn)
+	if err != nil {
+		return snapshot.Device{}, err
+	}
+	for _, d := range devices {
+		if d.Name == s.device || s.device == "" && len(devices) == 1 {
+			return d, nil
+		}
+	}
+	return snapshot.Device{}, fmt.Errorf("snapshot %s holds %d devices, and none is named %q: say which one with --device", id.Str(), len(devices), s.device)
+}
+
+func newLs(g *globals) *cobra.Command {
+	var sel selectFlags
+	cmd := &cobra.Command{
+		Use:   "ls SNAPSHOT",
+		Short: "Show what a snapshot of a device consists of",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r, ctx, err := g.openLocked(cmd.Context())
+			if err != nil {
+				return err
+			}
+			d, err := sel.find(ctx, r, args[0])
+			if err != nil {
+				return err
+			}
+			return ls(ctx, g, snapshot.Store{Repository: r}, d)
+		},
+	}
+	sel.register(cmd)
+	return cmd
+}
+
+// listedLayer is a layer as ls shows it.
+type listedLayer struct {
+	MessageType string `json:"message_type"` // "layer"
+	Layer       uint64 `json:"layer"`
+	layer.Stats
+}
+
+func ls(ctx context.Context, g *globals, from snapshot.Store, d snapshot.Device) error {
+	layers, err := layer.Open(ctx, from, d.Manifest.Layers)
+	if err != nil {
+		return err
+	}
+	if g.json {
+		g.printJSON(g.stdout, struct {
+			MessageType string             `json:"message_type"`
+			Snapshot    repo.ID            `json:"snapshot_id"`
+			Name        string             `json:"name"`
+			Manifest    *snapshot.Manifest `json:"device"`
+		}{"device", d.Snapshot, d.Name, d.Manifest})
+	} else {
+		m := d.Manifest
+		fmt.Fprintf(g.stdout, "snapshot %s of %s: %s, changes: %s, point in time: %s\n", d.Snapshot.Str(), d.Name, size(m.Size), m.Changes, m.PointInTime)
+		if m.Position != nil {
+			fmt.Fprintf(g.stdout, "complete up to epoch %d of tracker %s\n", m.Position.Epoch, m.Position.Tracker)
+		}
+		fmt.Fprintf(g.stdout, "%-18s%8s%10s%12s%12s\n", "Layer", "Parts", "Extents", "Data", "Zeros")
+	}
+	for _, l := range layers {
+		st, err := l.Stats(ctx, from)
+		if err != nil {
+			return err
+		}
+		if g.json {
+			g.printJSON(g.stdout, listedLayer{"layer", l.Number, st})
+			continue
+		}
+		fmt.Fprintf(g.stdout, "%016x  %8d%10d%12s%12s\n", l.Number, st.Parts, st.Extents, size(st.DataBytes), size(st.ZeroBytes))
+	}
+	return nil
+}

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dsync-backup/dsync-backup/kernel"
+	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/restore"
+	"github.com/dsync-backup/dsync-backup/snapshot"
+)
+
+func newRestore(g *globals) *cobra.Command {
+	var sel selectFlags
+	var o restore.Options
+	changes := "auto"
+	cmd := &cobra.Command{
+		Use:   "restore SNAPSHOT TARGET",
+		Short: "Write a snapshot of a device to a device or a file",
+		Long: `restore writes the device of a snapshot (an ID, the beginning of one, or
+"latest") to a block device or a file. A target that is mounted, in use or too
+small is refused; one with data on it needs --force.
+
+  --changes auto     read the target first if it has data on it, else write all
+  --changes compare  read the target and write only what differs
+  --changes all      write everything`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			o.Target, o.Changes = args[1], restore.Changes(changes)
+			return runRestore(cmd.Context(), g, &sel, args[0], o)
+		},
+	}
+	sel.register(cmd)
+	cmd.Flags().StringVar(&changes, "changes", changes, "what to write: auto, compare or all")
+	cmd.Flags().BoolVar(&o.Verify, "verify", false, "read the target again afterwards and compare")
+	cmd.Flags().BoolVar(&o.Force, "force", false, "overwrite a target that has data on it")
+	return cmd
+}
+
+func runRestore(ctx context.Context, g *globals, sel *selectFlags, name string, o restore.Options) error {
+	r, ctx, err := g.openLocked(ctx)
+	if err != nil {
+		return err
+	}
+	if o.Device, err = sel.find(ctx, r, name); err != nil {
+		return err
+	}
+	p := g.progress("restore")
+	defer p.end()
+	o.Progress = func(done, total int64) { p.update("writing", done, total) }
+	res, err := restore.Restore(ctx, snapshot.Store{Repository: r}, o)
+	if err != nil {
+		return causeOf(ctx, err)
+	}
+	p.end()
+	if g.json {
+		g.printJSON(g.stdout, struct {
+			MessageType string `json:"message_type"`
+			*restore.Result
+		}{"summary", res})
+		return nil
+	}
+	fmt.Fprintf(g.stdout, "restored snapshot %s of %s to %s: wrote %s, made %s zeros, skipped %s, fetched %s, %.1f s\n",
+		res.SnapshotID.Str(), o.Device.Name, res.Target, size(res.BytesWritten), size(res.BytesZeroed), size(res.BytesSkipped), size(res.BytesFetched), res.DurationSeconds)
+	return nil
+}
+
+func newDump(g *globals) *cobra.Command {
+	var sel selectFlags
+	cmd := &cobra.Command{
+		Use:   "dump SNAPSHOT",
+		Short: "Write a snapshot of a device to standard output",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r, ctx, err := g.openLocked(cmd.Context())
+			if err != nil {
+				return err
+			}
+			d, err := sel.find(ctx, r, args[0])
+			if err != nil {
+				return err
+			}
+			return restore.Dump(ctx, snapshot.Store{Repository: r}, d, g.stdout)
+		},
+	}
+	sel.register(cmd)
+	return cmd
+}
+
+func newVerify(g *globals) *cobra.Command {
+	var sel selectFlags
+	cmd := &cobra.Command{
+		Use:   "verify SNAPSHOT DEVICE",
+		Short: "Compare a device or a file with a snapshot",
+		Long: `verify reads a device and compares it with the sums that a snapshot keeps of
+every block. It fetches no data. Exit status 0: equal; 1: different, and the
+ranges are printed.`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r, ctx, err := g.openLocked(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return runVerify(ctx, g, r, &sel, args)
+		},
+	}
+	sel.register(cmd)
+	return cmd
+}
+
+func runVerify(ctx context.Context, g *globals, r *repo.Repository, sel *selectFlags, args []string) error {
+	d, err := sel.find(ctx, r, args[0])
+	if err != nil {
+		return err
+	}
+	p := g.progress("verify")
+	defer p.end()
+	different, err := restore.Verify(ctx, snapshot.Store{Repository: r}, d, args[1], func(done, total int64) { p.update("reading", done, total) })
+	if err != nil {
+		return causeOf(ctx, err)
+	}
+	p.end()
+	for _, e := range different {
+		if g.json {
+			g.printJSON(g.stdout, struct {
+				MessageType string `json:"message_type"`
+				kernel.Extent
+			}{"different", e})
+		} else {
+			fmt.Fprintf(g.stdout, "%s differs at %d, %d bytes\n", args[1], e.Offset, e.Length)
+		}
+	}
+	if g.json {
+		g.printJSON(g.stdout, map[string]any{
+			"message_type": "summary", "snapshot_id": d.Snapshot, "device": args[1],
+			"equal": len(different) == 0, "different_bytes": kernel.TotalLength(different),
+		})
+	}
+	if len(different) > 0 {
+		return errSaid
+	}
+	if !g.json && !g.quiet {
+		fmt.Fprintf(g.stdout, "%s equals snapshot %s\n", args[1], d.Snapshot.Str())
+	}
+	return nil
+}
