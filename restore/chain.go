@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package restore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/dsync-backup/dsync-backup/kernel"
+	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/repo/backend"
+	"github.com/dsync-backup/dsync-backup/snapshot"
+	"github.com/dsync-backup/dsync-backup/snapshot/layer"
+)
+
+const (
+	// statPacks is how many packs are asked for one by one; beyond it the
+	// store lists all that it has.
+	statPacks = 2000
+	// rememberedBlobs bounds what a walk remembers, so as not to look up a
+	// blob again for each of its scattered blocks.
+	rememberedBlobs = 1 << 16
+)
+
+// chain is the layers of a snapshot's device.
+type chain struct {
+	store  snapshot.Store
+	device snapshot.Device
+	layers []*layer.Layer
+	absent map[repo.ID]bool // packs that are needed and are not whole in the store
+}
+
+func openChain(ctx context.Context, store snapshot.Store, d snapshot.Device) (*chain, error) {
+	layers, err := layer.Open(ctx, store, d.Manifest.Layers)
+	if err != nil {
+		return nil, err
+	}
+	return &chain{store: store, device: d, layers: layers}, nil
+}
+
+func (c *chain) size() int64 { return c.device.Manifest.Size }
+
+func (c *chain) merger() *layer.Merger { return layer.NewMerger(c.store, c.layers, c.size()) }
+
+// sums is what a compare scan expects of the first size bytes.
+func (c *chain) sums(ctx context.Context) *layer.Sums {
+	return layer.NewSums(ctx, c.store, c.layers, c.size(), c.size())
+}
+
+// segment is a range of the device that one blob gives, from its byte in on.
+// at is its place among the data of its window.
+type segment struct {
+	off, length int64
+	in, at      int64
+}
+
+func (s segment) extent() kernel.Extent { return kernel.Extent{Offset: s.off, Length: s.length} }
+
+// segments cuts a piece that has data at the borders of blobs.
+func segments(p layer.Piece, fn func(repo.ID, segment) error) error {
+	off, data, left := p.Offset, p.Data, p.Length
+	for left > 0 {
+		blob, in, n := p.Part.Data.Locate(data)
+		n = min(n, left)
+		if err := fn(p.Part.Data.Blobs[blob], segment{off: off, length: n, in: in}); err != nil {
+			return err
+		}
+		off, data, left = off+n, data+n, left-n
+	}
+	return nil
+}
+
+// walk calls fn for every segment of the device, once for a blob's neighbouring
+// segments as far as it remembers, and missing for what no layer has.
+func (c *chain) walk(ctx context.Context, once bool, fn func(repo.ID, segment) error, missing func(kernel.Extent)) error {
+	m := c.merger()
+	seen := map[repo.ID]bool{}
+	for {
+		p, err := m.Next(ctx)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if p.Missing {
+			missing(kernel.Extent{Offset: p.Offset, Length: p.Length})
+		}
+		if p.Missing || p.Zero {
+			continue
+		}
+		err = segments(p, func(id repo.ID, s segment) error {
+			if once {
+				if seen[id] {
+					return nil
+				}
+				if len(seen) == rememberedBlobs {
+					clear(seen)
+				}
+				seen[id] = true
+			}
+			return fn(id, s)
+		})
+		if err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
+}
+
+// check finds all damage that shows without reading data: a part that does not
+// open, a range that no layer has, a blob that is in no index, a pack that is
+// not in the store or too short. It reads the chain's indexes, asks the store
+// for its packs, and fetches no data. Damage is a [DamageError] or another
+// [layer.ErrDamaged].
+func (c *chain) check(ctx context.Context) error {
+	packs := map[repo.ID]int64{} // the least size that each must have
+	gone := rangeSet{size: c.size()}
+	err := c.walk(ctx, true, func(id repo.ID, _ segment) error {
+		for _, l := range c.store.Locations(dataBlob(id)) {
+			packs[l.Pack] = max(packs[l.Pack], int64(l.Offset)+int64(l.Length))
+		}
+		return nil
+	}, gone.add)
+	if err != nil {
+		return err
+	}
+	if r := gone.list(); len(r) > 0 {
+		return &DamageError{r, errors.New("no layer has them")}
+	}
+	if c.absent, err = absentPacks(ctx, c.store.Backend(), packs); err != nil {
+		return err
+	}
+	if len(c.absent) == 0 {
+		return nil
+	}
+	// Another copy may do.
+	cause := errors.New("their blobs are in no index")
+	named := false
+	err = c.walk(ctx, false, func(id repo.ID, s segment) error {
+		if len(c.locations(id)) == 0 {
+			gone.add(s.extent())
+			if all := c.store.Locations(dataBlob(id)); !named && len(all) > 0 {
+				named, cause = true, fmt.Errorf("pack %s, which the index lists, is missing or too short", all[0].Pack.Str())
+			}
+		}
+		return nil
+	}, gone.add)
+	if err != nil {
+		return err
+	}
+	if r := gone.list(); len(r) > 0 {
+		return &DamageError{r, cause}
+	}
+	return nil
+}
+
+// locations is where a blob can be fetched from.
+func (c *chain) locations(id repo.ID) []repo.Location {
+	all := c.store.Locations(dataBlob(id))
+	if len(c.absent) == 0 {
+		return all
+	}
+	good := all[:0]
+	for _, l := range all {
+		if !c.absent[l.Pack] {
+			good = append(good, l)
+		}
+	}
+	return good
+}
+
+func dataBlob(id repo.ID) repo.BlobHandle { return repo.BlobHandle{Type: repo.DataBlob, ID: id} }
+
+// absentPacks finds those packs that the store does not have in the size that
+// the index asks for.
+func absentPacks(ctx context.Context, be backend.Backend, packs map[repo.ID]int64) (map[repo.ID]bool, error) {
+	absent := map[repo.ID]bool{}
+	if len(packs) > statPacks {
+		for id := range packs {
+			absent[id] = true
+		}
+		err := be.List(ctx, backend.PackFile, func(fi backend.FileInfo) error {
+			if id, err := repo.ParseID(fi.Name); err == nil && absent[id] && fi.Size >= packs[id] {
+				delete(absent, id)
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, fmt.Errorf("look whether all packs are there: %w", err)
+		}
+		return absent, nil
+	}
+	var mu sync.Mutex
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(max(1, be.Connections()))
+	for id, size := range packs {
+		g.Go(func() error {
+			fi, err := be.Stat(ctx, backend.Handle{Type: backend.PackFile, Name: id.String()})
+			if err != nil && !errors.Is(err, backend.ErrNotExist) {
+				return fmt.Errorf("look whether pack %s is there: %w", id.Str(), err)
+			}
+			if err != nil || fi.Size < size {
+				mu.Lock()
+				defer mu.Unlock()
+				absent[id] = true
+			}
+			return nil
+		})
+	}
+	return absent, g.Wait()
+}
