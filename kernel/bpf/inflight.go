@@ -18,7 +18,9 @@ import (
 
 // syncCaches writes out the dirty pages of the device's own page cache, and of
 // those that a partition and its disk have beside it. Under a frozen file
-// system there are none, so that it does not wait for the thaw.
+// system there are none, so that it does not wait for the thaw. It flushes no
+// drive's cache, as fsync would: a read of the device sees what is in that, and
+// a flush waits behind whatever the driver is stuck on.
 func syncCaches(t target) error {
 	for i, node := range t.nodes() {
 		f, err := os.Open(node)
@@ -26,10 +28,12 @@ func syncCaches(t target) error {
 			continue // no node, so nobody writes by it
 		}
 		if err != nil {
-			return fmt.Errorf("sync page cache: %w", err)
+			return fmt.Errorf("sync page cache of %s: %w", node, err)
 		}
-		if err := errors.Join(f.Sync(), f.Close()); err != nil {
-			return fmt.Errorf("sync page cache: %w", err)
+		const flags = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+		err = unix.SyncFileRange(int(f.Fd()), 0, 0, flags)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return fmt.Errorf("sync page cache of %s: %w", node, err)
 		}
 	}
 	return nil

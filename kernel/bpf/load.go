@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -158,16 +157,16 @@ func pinMaps(coll *ebpf.Collection, dir string, s *state) error {
 }
 
 // attach attaches and pins the programs in their order, and notes their IDs.
-func attach(coll *ebpf.Collection, dir string, s *state, hook func(string)) error {
+func attach(coll *ebpf.Collection, dir string, s *state, o Options) error {
 	for i, name := range programNames {
 		prog := coll.Programs[name]
-		if prog == nil && name == objectProgHibernate {
+		if prog == nil && name == objectProgHibernate || o.skip(name) {
 			continue
 		}
 		if err := attachOne(prog, filepath.Join(dir, pinPrefix+name), &s.Links[i], &s.Progs[i]); err != nil {
 			return fmt.Errorf("attach %s: %w", name, err)
 		}
-		hook("attached " + name)
+		o.hook("attached " + name)
 	}
 	return nil
 }
@@ -197,5 +196,3 @@ func mapID(m *ebpf.Map) (ebpf.MapID, error) {
 	}
 	return id, nil
 }
-
-func programIndex(name string) int { return slices.Index(programNames[:], name) }

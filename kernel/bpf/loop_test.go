@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -143,4 +144,16 @@ func wantUnreliable(t testing.TB, tr kernel.Tracker, reason string) {
 	if strings.ContainsAny(st.Reason, "\n") {
 		t.Fatalf("reason %q is not one line", st.Reason)
 	}
+}
+
+// waitFor polls for what happens in the kernel's own time.
+func waitFor(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for range 1000 {
+		if done() {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("gave up waiting until %s", what)
 }

@@ -23,7 +23,8 @@ type Options struct {
 	// ends before that is so counts as wholly dirty.
 	SettleTimeout time.Duration
 
-	hook func(point string) // tests crash here
+	hook func(point string)     // tests crash here
+	skip func(name string) bool // tests leave programs out
 }
 
 // Tracker is one tracked device: open descriptors of its pinned objects. It
@@ -45,6 +46,9 @@ var _ kernel.Tracker = (*Tracker)(nil)
 func Start(ctx context.Context, device string, o Options) (*Tracker, error) {
 	if o.hook == nil {
 		o.hook = func(string) {}
+	}
+	if o.skip == nil {
+		o.skip = func(string) bool { return false }
 	}
 	if o.SettleTimeout == 0 {
 		o.SettleTimeout = 10 * time.Second
@@ -91,7 +95,7 @@ func start(ctx context.Context, t target, o Options) (*Tracker, error) {
 	if err := removePins(dir); err != nil {
 		return nil, err
 	}
-	tr, err := build(t, dir, o.hook)
+	tr, err := build(t, dir, o)
 	if err != nil {
 		return nil, errors.Join(err, removePins(dir))
 	}
@@ -99,7 +103,7 @@ func start(ctx context.Context, t target, o Options) (*Tracker, error) {
 }
 
 // build makes, pins and attaches everything, the state last to say so.
-func build(t target, dir string, hook func(string)) (*Tracker, error) {
+func build(t target, dir string, o Options) (*Tracker, error) {
 	_ = rlimit.RemoveMemlock() // only kernels before 5.11 charge it
 	coll, err := load(t)
 	if err != nil {
@@ -114,12 +118,12 @@ func build(t target, dir string, hook func(string)) (*Tracker, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make pinned tracker: %w", err)
 	}
-	hook("made folder")
+	o.hook("made folder")
 	if err := pinMaps(coll, dir, &s); err != nil {
 		return nil, err
 	}
-	hook("pinned maps")
-	if err := attach(coll, dir, &s, hook); err != nil {
+	o.hook("pinned maps")
+	if err := attach(coll, dir, &s, o); err != nil {
 		return nil, err
 	}
 	// What was looked up before the attachment may have been replaced since.
@@ -130,12 +134,12 @@ func build(t target, dir string, hook func(string)) (*Tracker, error) {
 	if err := storeState(stateMap, s); err != nil {
 		return nil, err
 	}
-	hook("started")
+	o.hook("started")
 	tr, err := openDir(dir)
 	if err != nil {
 		return nil, err
 	}
-	tr.hook = hook
+	tr.hook = o.hook
 	return tr, nil
 }
 
