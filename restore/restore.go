@@ -4,7 +4,6 @@ package restore
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 	"time"
