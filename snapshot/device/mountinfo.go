@@ -110,9 +110,9 @@ func (s system) allMounts() ([]mountEntry, error) {
 }
 
 // passable reports an error that a process explains which has just ended, or
-// at which we may not look: inside of a container, or under a security module,
-// even root may not look at all of them. What such a process has mounted out of
-// our sight still claims its device, which [InUse] notices.
+// which we may not look at (in a container, say, even root may not look at all
+// processes). A file system that is mounted only there still claims its device,
+// and so shows in [Use].Claimed.
 func passable(id string, err error) bool {
 	if id == "self" {
 		return false

@@ -54,7 +54,8 @@ func (m Mount) String() string {
 // partitions, or on anything stacked above it: device-mapper, md, bcache, and
 // loop devices whose backing file or device belongs to the stack. Of a regular
 // file it lists those on loop devices that read it. All mount namespaces with
-// a process in them are searched. The deepest comes last.
+// a process in them that we may look at are searched; what that misses,
+// [Use.CheckFreezable] reports. The deepest comes last.
 func Mounts(path string) ([]Mount, error) {
 	st, err := host().climb(path)
 	if err != nil {

@@ -38,6 +38,17 @@ func (u Use) ReadWrite() bool {
 	return slices.ContainsFunc(u.Mounts, func(m Mount) bool { return !m.ReadOnly })
 }
 
+// CheckFreezable reports users that freezing Mounts would not hold still,
+// because it is not known what they are. (Swap is not held still either, but
+// what it holds means nothing after a restore.)
+func (u Use) CheckFreezable() error {
+	if len(u.Claimed) > 0 {
+		return fmt.Errorf("find what to freeze: %w by something that is neither a mounted file system nor swap: %s",
+			ErrInUse, strings.Join(u.Claimed, ", "))
+	}
+	return nil
+}
+
 // String says it in one line, for messages.
 func (u Use) String() string {
 	var parts []string

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package looptest
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const guardArg = "loop-guard"
+
+// guardLimit is when the guard takes a test process for stuck on something
+// frozen: longer than any run, shorter than the patience of who waits for it.
+const guardLimit = 15 * time.Minute
+
+// guardPipe leads to this process's guard.
+var guardPipe struct {
+	mu sync.Mutex
+	w  *os.File
+}
+
+// Main is what TestMain calls in place of m.Run: it runs the tests under a
+// guard process, or is that process.
+func Main(m *testing.M) int {
+	if len(os.Args) == 2 && os.Args[1] == guardArg {
+		return guard()
+	}
+	if os.Geteuid() != 0 {
+		fmt.Fprintln(os.Stderr, "these tests make loop devices and mount them: run them as root")
+		return 1
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "start guard:", err)
+		return 1
+	}
+	cmd := exec.Command("/proc/self/exe", guardArg)
+	cmd.Stdin, cmd.Stderr, cmd.Dir = r, os.Stderr, "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		fmt.Fprintln(os.Stderr, "start guard:", err)
+		return 1
+	}
+	r.Close()
+	guardPipe.w = w
+	code := m.Run()
+	w.Close()
+	if err := cmd.Wait(); err != nil && code == 0 {
+		fmt.Fprintln(os.Stderr, "guard:", err)
+		return 1
+	}
+	return code
+}
+
+func tell(line string) {
+	guardPipe.mu.Lock()
+	defer guardPipe.mu.Unlock()
+	if guardPipe.w != nil {
+		fmt.Fprintln(guardPipe.w, line)
+	}
+}
+
+// guard keeps the list of what exists, and undoes it when the tests are gone.
+func guard() int {
+	lines := make(chan string)
+	go func() {
+		defer close(lines)
+		for sc := bufio.NewScanner(os.Stdin); sc.Scan(); {
+			lines <- sc.Text()
+		}
+	}()
+	parent, limit := os.Getppid(), time.After(guardLimit)
+	var have []string
+	for {
+		select {
+		case line, ok := <-lines:
+			if !ok {
+				return undo(have)
+			}
+			if thing, ok := strings.CutPrefix(line, "+"); ok {
+				have = append(have, thing)
+			} else if i := slices.Index(have, line[1:]); i >= 0 {
+				have = slices.Delete(have, i, i+1)
+			}
+		case <-limit:
+			fmt.Fprintln(os.Stderr, "guard: the tests are stuck: thawing")
+			for _, thing := range have {
+				if dir, ok := strings.CutPrefix(thing, "mount "); ok {
+					Thaw(dir)
+				}
+			}
+			_ = unix.Kill(parent, unix.SIGQUIT) // prints where they are
+		}
+	}
+}
+
+func undo(have []string) int {
+	for _, thing := range slices.Backward(have) {
+		fmt.Fprintln(os.Stderr, "guard: left behind:", thing)
+		kind, name, _ := strings.Cut(thing, " ")
+		switch kind {
+		case "mount":
+			Thaw(name)
+			_ = unix.Unmount(name, unix.MNT_DETACH)
+		case "loop":
+			_ = exec.Command("losetup", "-d", name).Run()
+		}
+	}
+	if len(have) > 0 {
+		return 1
+	}
+	return 0
+}
