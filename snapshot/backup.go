@@ -150,7 +150,16 @@ func (b *backup) copy(ctx context.Context) (res layer.Result, key SumKey, err er
 		b.frozen = max(b.frozen, t)
 		return err
 	}
-	defer func() { err = errors.Join(err, release()) }()
+	defer func() {
+		// Whatever fails once the device no longer stands still, fails
+		// because of that.
+		if cause := context.Cause(standing); err != nil && cause != nil {
+			err = cause
+		}
+		if e := release(); err == nil {
+			err = e
+		}
+	}()
 
 	if err := b.rotate(ctx); err != nil {
 		return res, key, err
@@ -288,34 +297,55 @@ func (b *backup) plan(ctx context.Context) (iter.Seq[layer.Range], layer.Expecte
 
 // choose sets the source of changes and the parent.
 func (b *backup) choose(ctx context.Context) error {
-	want := b.Changes
-	if want == ChangesFull {
-		b.sum.Changes = ChangesFull
-		return nil
-	}
-	if want == ChangesRanges {
+	b.sum.Changes = b.Changes
+	switch b.Changes {
+	case ChangesFull:
+	case ChangesRanges:
 		if b.parent = latest(b.cands, b.Host); b.parent == nil {
 			return fmt.Errorf("no snapshot of %s on host %s to apply changed ranges to: make one with --changes full first", b.Name, b.Host)
 		}
-		b.sum.Changes = ChangesRanges
+		// That the list is complete is the user's word, not the tracker's.
+		b.epoch = nil
+	case ChangesCompare:
+		b.compare()
+	default:
+		b.follow(ctx)
 		return nil
 	}
-	if b.epoch != nil && want != ChangesCompare {
+	if b.sum.FallbackReason != "" {
+		b.Warn(fmt.Errorf("tracking of %s started afresh: %s", b.Device.Path(), b.sum.FallbackReason))
+		b.sum.FallbackReason = ""
+	}
+	return nil
+}
+
+// follow goes on from the tracker's position, if any snapshot has one that can
+// be bridged, and falls back to a compare scan.
+func (b *backup) follow(ctx context.Context) {
+	if b.epoch != nil {
 		var reason string
 		b.parent, b.dirty, reason = bridge(ctx, b.cands, b.History, b.epoch.Position)
 		if b.parent != nil {
 			b.sum.Changes, b.sum.FallbackReason = ChangesTracker, ""
-			return nil
+			return
 		}
 		if b.sum.FallbackReason == "" {
 			b.sum.FallbackReason = reason
 		}
 	}
+	b.compare()
+	if b.History == nil && b.sum.FallbackReason == "" && b.parent != nil && b.parent.Manifest.Position != nil {
+		b.sum.FallbackReason = fmt.Sprintf("snapshot %s was made with a tracker, but nothing tracks %s now (a reboot ends tracking): run `dsync-backup track start %s`",
+			b.parent.Snapshot.Str(), b.Device.Path(), b.Device.Path())
+	}
+}
+
+// compare goes on from the newest snapshot, or from nothing.
+func (b *backup) compare() {
 	b.sum.Changes = ChangesCompare
 	if b.parent = latest(b.cands, b.Host); b.parent == nil {
 		b.sum.Changes = ChangesFull
 	}
-	return nil
 }
 
 func (b *backup) sumKey() (SumKey, error) {
