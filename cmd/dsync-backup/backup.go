@@ -163,7 +163,11 @@ func (g *globals) printBackup(s *snapshot.Summary) error {
 	}
 	w := g.stdout
 	if s.FallbackReason != "" {
-		fmt.Fprintf(w, "the tracker could not be used, so the device was read and compared: %s\n", s.FallbackReason)
+		did := "compared with the last snapshot"
+		if s.Changes == snapshot.ChangesFull {
+			did = "backed up in full"
+		}
+		fmt.Fprintf(w, "the tracker could not be used, so the device was read and %s: %s\n", did, s.FallbackReason)
 	}
 	fmt.Fprintf(w, "%s: %s, changes: %s, point in time: %s\n", s.Device, size(s.DeviceSize), s.Changes, s.PointInTime)
 	fmt.Fprintf(w, "read %s, changed %s, new data %s (stored %s), metadata %s, layers %d, %.1f s\n",

@@ -30,7 +30,11 @@ small is refused; one with data on it needs --force.
   --changes all      write everything`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			o.Target, o.Changes = args[1], restore.Changes(changes)
+			var err error
+			if o.Changes, err = restore.ParseChanges(changes); err != nil {
+				return err
+			}
+			o.Target = args[1]
 			return runRestore(cmd.Context(), g, &sel, args[0], o)
 		},
 	}
@@ -51,17 +55,14 @@ func runRestore(ctx context.Context, g *globals, sel *selectFlags, name string, 
 	}
 	p := g.progress("restore")
 	defer p.end()
-	o.Progress = func(done, total int64) { p.update("writing", done, total) }
+	o.Progress = func(pr restore.Progress) { p.update(pr.Phase, pr.Done, pr.Total) }
 	res, err := restore.Restore(ctx, snapshot.Store{Repository: r}, o)
 	if err != nil {
 		return causeOf(ctx, err)
 	}
 	p.end()
 	if g.json {
-		g.printJSON(g.stdout, struct {
-			MessageType string `json:"message_type"`
-			*restore.Result
-		}{"summary", res})
+		g.printJSON(g.stdout, res)
 		return nil
 	}
 	fmt.Fprintf(g.stdout, "restored snapshot %s of %s to %s: wrote %s, made %s zeros, skipped %s, fetched %s, %.1f s\n",
@@ -84,7 +85,8 @@ func newDump(g *globals) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return restore.Dump(ctx, snapshot.Store{Repository: r}, d, g.stdout)
+			_, err = restore.Dump(ctx, snapshot.Store{Repository: r}, g.stdout, restore.DumpOptions{Device: d})
+			return causeOf(ctx, err)
 		},
 	}
 	sel.register(cmd)
@@ -119,7 +121,9 @@ func runVerify(ctx context.Context, g *globals, r *repo.Repository, sel *selectF
 	}
 	p := g.progress("verify")
 	defer p.end()
-	different, err := restore.Verify(ctx, snapshot.Store{Repository: r}, d, args[1], func(done, total int64) { p.update("reading", done, total) })
+	different, err := restore.Verify(ctx, snapshot.Store{Repository: r}, restore.VerifyOptions{
+		Device: d, Target: args[1], Progress: func(pr restore.Progress) { p.update(pr.Phase, pr.Done, pr.Total) },
+	})
 	if err != nil {
 		return causeOf(ctx, err)
 	}
