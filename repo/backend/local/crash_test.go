@@ -4,6 +4,7 @@ package local_test
 
 import (
 	"bufio"
+	"encoding/binary"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -26,13 +27,15 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// saveForever saves files of up to 4 MiB, writes the name of each to stdout
-// when Save has returned, and removes some.
+// saveForever saves files of up to 4 MiB and writes the name of each to stdout
+// when Save has returned.
 func saveForever(dir string) {
 	t := new(testing.B)
 	be, r := created(t, dir), backendtest.Rand(t)
+	buffer := backendtest.Bytes(r, 4<<20)
 	for {
-		data := backendtest.Bytes(r, r.IntN(4<<20))
+		data := buffer[:8+r.IntN(len(buffer)-8)]
+		binary.LittleEndian.PutUint64(data, r.Uint64())
 		h := backendtest.HandleOf(backend.PackFile, data)
 		if err := be.Save(ctx, h, data); err != nil {
 			os.Stdout.WriteString("error " + err.Error() + "\n")
@@ -52,7 +55,7 @@ func TestAKilledSaveLeavesNoPartialFile(t *testing.T) {
 	}
 	r := backendtest.Rand(t)
 	leftovers, files := 0, 0
-	for range kills {
+	for n := 0; n < kills || leftovers == 0 && n < 10*kills; n++ {
 		dir := filepath.Join(t.TempDir(), "repo")
 		saved := runAndKill(t, dir, time.Duration(r.IntN(60_000))*time.Microsecond)
 		be := open(t, dir)

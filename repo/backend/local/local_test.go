@@ -22,3 +22,7 @@ func open(t testing.TB, dir string) *local.Backend {
 func TestLocal(t *testing.T) {
 	backendtest.Run(t, backendtest.Decorated(func(be backend.Backend) backend.Backend { return be }))
 }
+
+func BenchmarkLocal(b *testing.B) {
+	backendtest.Benchmark(b, backendtest.LocalStore(b.TempDir()))
+}

@@ -74,7 +74,7 @@ func Open(ctx context.Context, loc Location, o Options) (*Backend, error) {
 	}
 	client, err := minio.New(loc.Host, &minio.Options{
 		Creds: creds, Secure: !loc.HTTP, Region: o.Region, BucketLookup: lookup,
-		Transport: clockWatch{rt, &b.ahead}, MaxRetries: clientTries,
+		Transport: ownBody{clockWatch{rt, &b.ahead}}, MaxRetries: clientTries,
 	})
 	if err != nil {
 		return nil, permanentf("open %s: %w", loc, err)

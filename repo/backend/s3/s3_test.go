@@ -62,3 +62,15 @@ func TestS3OverTLS(t *testing.T) {
 	server.Setenv(t)
 	backendtest.Run(t, stores(server, "secret", s3.Options{CACert: server.CACert, Region: "us-east-1"}))
 }
+
+func BenchmarkS3(b *testing.B) {
+	server := miniotest.Start(b)
+	server.Setenv(b)
+	backendtest.Benchmark(b, stores(server, "bench", s3.Options{})(b))
+}
+
+func BenchmarkS3OverTLS(b *testing.B) {
+	server := miniotest.Start(b, miniotest.WithTLS())
+	server.Setenv(b)
+	backendtest.Benchmark(b, stores(server, "bench", s3.Options{CACert: server.CACert})(b))
+}

@@ -121,6 +121,31 @@ func TestASaveOutlivesARestartOfTheServer(t *testing.T) {
 	}
 }
 
+// TestTheDataIsTheCallersAgainWhenSaveFails saves through connections that
+// break and to a server that answers before it has read the body, and changes
+// the data as soon as Save has returned; the race detector watches.
+func TestTheDataIsTheCallersAgainWhenSaveFails(t *testing.T) {
+	server := miniotest.Start(t)
+	server.Setenv(t)
+	server.MakeBucket("bucket")
+	front := cutter(t, server.Host, 300)
+	for name, location := range map[string]string{
+		"broken": "s3:http://" + front + "/bucket", "early answer": server.Location("no-such-bucket", ""),
+	} {
+		be := open(t, location, s3.Options{Region: "us-east-1"})
+		data := make([]byte, 8<<20)
+		for range 10 {
+			h := backendtest.HandleOf(backend.PackFile, data)
+			if err := be.Save(context.Background(), h, data); name == "early answer" && err == nil {
+				t.Errorf("%s: save worked", name)
+			}
+			for i := range data {
+				data[i]++
+			}
+		}
+	}
+}
+
 // TestAConnectionThatBreaksOffIsNoEndOfFile cuts the connection in the middle
 // of a download.
 func TestAConnectionThatBreaksOffIsNoEndOfFile(t *testing.T) {
