@@ -20,8 +20,11 @@ import (
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
 )
 
-// DefaultMaxFreeze is how long a freeze may last if Options do not say.
-const DefaultMaxFreeze = time.Minute
+// Bounds that hold if Options do not say.
+const (
+	DefaultMaxFreeze = time.Minute
+	DefaultMaxSync   = 10 * time.Minute
+)
 
 // grace is what the watchdog has beyond the deadline before the parent thaws
 // by itself, and what Close waits for it to leave.
@@ -32,6 +35,9 @@ type Options struct {
 	// MaxFreeze bounds the freeze, from the first file system's to the last
 	// one's thaw. 0 is DefaultMaxFreeze.
 	MaxFreeze time.Duration
+	// MaxSync bounds the writing out of dirty data before the freeze, while
+	// writers still go on. 0 is DefaultMaxSync.
+	MaxSync time.Duration
 	// Outputs hold from Freeze until Thaw or Close. What this process writes
 	// anywhere while it freezes goes through one of them.
 	Outputs []*HoldOutput
@@ -85,6 +91,9 @@ func Start(ctx context.Context, mounts []device.Mount, o Options) (*Freezer, err
 	if o.MaxFreeze <= 0 {
 		o.MaxFreeze = DefaultMaxFreeze
 	}
+	if o.MaxSync <= 0 {
+		o.MaxSync = DefaultMaxSync
+	}
 	f := &Freezer{
 		mounts: slices.Clone(mounts), options: o, states: make([]fsState, len(mounts)),
 		ready: make(chan struct{}), holding: make(chan struct{}), ended: make(chan struct{}),
@@ -137,7 +146,7 @@ func (f *Freezer) spawn() error {
 		f.socket.Close()
 		return err
 	}
-	c := config{MaxFreeze: f.options.MaxFreeze}
+	c := config{MaxFreeze: f.options.MaxFreeze, MaxSync: f.options.MaxSync}
 	for _, m := range f.mounts {
 		c.Mounts = append(c.Mounts, fsConfig{Name: m.Path, ReadOnly: m.ReadOnly})
 	}
@@ -191,6 +200,7 @@ func (f *Freezer) prepare() error {
 		return f.end.err
 	}
 	f.locked = true
+	f.backstop = time.AfterFunc(f.options.MaxSync+f.options.MaxFreeze+grace, f.overdue)
 	f.mu.Unlock()
 	for _, o := range f.options.Outputs {
 		o.Hold()

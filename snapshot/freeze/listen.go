@@ -46,7 +46,7 @@ func (f *Freezer) note(r report) {
 		f.states[r.Index] = freezing
 		if f.began.IsZero() {
 			f.began = time.Now()
-			f.backstop = time.AfterFunc(f.options.MaxFreeze+grace, f.overdue)
+			f.backstop.Reset(f.options.MaxFreeze + grace)
 		}
 	case reportFrozen:
 		f.states[r.Index] = frozen
@@ -67,6 +67,8 @@ func (f *Freezer) endError(r report) error {
 		return nil
 	case endedDeadline:
 		return fmt.Errorf("freeze: %w: more than %v", ErrTooLong, f.options.MaxFreeze)
+	case endedSync:
+		return fmt.Errorf("freeze: %w: dirty data was not written out in %v", ErrTooLong, f.options.MaxSync)
 	case endedTerminated:
 		return fmt.Errorf("freeze: %w: it was terminated", ErrWatchdog)
 	}

@@ -32,6 +32,7 @@ var (
 type config struct {
 	Mounts    []fsConfig    `json:"mounts"` // in the order of freezing; descriptors from firstMount on
 	MaxFreeze time.Duration `json:"max_freeze"`
+	MaxSync   time.Duration `json:"max_sync"`
 }
 
 type fsConfig struct {
@@ -83,6 +84,7 @@ const (
 	endedThaw       ending = "thaw"       // as ordered
 	endedFailed     ending = "failed"     // a freeze or a thaw did not work: Index, Errno, Text
 	endedDeadline   ending = "deadline"   // MaxFreeze passed
+	endedSync       ending = "sync"       // MaxSync passed
 	endedTerminated ending = "terminated" // by SIGTERM
 	endedOrphaned   ending = "orphaned"   // nobody is there to read it
 )

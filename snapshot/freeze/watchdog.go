@@ -109,11 +109,12 @@ func (w *watchdog) hold() int {
 	go w.freezeAll()
 	began, done := w.began, w.done
 	var deadline <-chan time.Time
+	tooSlow := time.After(w.config.MaxSync)
 	why := report{Kind: reportEnded}
 	for why.Ended == "" {
 		select {
 		case <-began:
-			began, deadline = nil, time.After(w.config.MaxFreeze)
+			began, tooSlow, deadline = nil, nil, time.After(w.config.MaxFreeze)
 		case err := <-done:
 			done = nil
 			if err != nil {
@@ -125,6 +126,8 @@ func (w *watchdog) hold() int {
 			if !ok {
 				why.Ended = endedOrphaned
 			}
+		case <-tooSlow:
+			why.Ended = endedSync
 		case <-deadline:
 			why.Ended = endedDeadline
 		case <-w.term:

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"slices"
 	"strings"
 	"sync"
@@ -20,8 +21,13 @@ import (
 const guardArg = "loop-guard"
 
 // guardLimit is when the guard takes a test process for stuck on something
-// frozen: longer than any run, shorter than the patience of who waits for it.
-const guardLimit = 15 * time.Minute
+// frozen: just before go test's own limit, which could not end such a process.
+func guardLimit() time.Duration {
+	if os.Getenv("SOAK") != "" {
+		return 3 * time.Hour
+	}
+	return 9 * time.Minute
+}
 
 // guardPipe leads to this process's guard.
 var guardPipe struct {
@@ -72,6 +78,7 @@ func tell(line string) {
 
 // guard keeps the list of what exists, and undoes it when the tests are gone.
 func guard() int {
+	signal.Ignore(unix.SIGPIPE) // who read our messages may be gone
 	lines := make(chan string)
 	go func() {
 		defer close(lines)
@@ -79,7 +86,7 @@ func guard() int {
 			lines <- sc.Text()
 		}
 	}()
-	parent, limit := os.Getppid(), time.After(guardLimit)
+	parent, limit := os.Getppid(), time.After(guardLimit())
 	var have []string
 	for {
 		select {
@@ -94,23 +101,28 @@ func guard() int {
 			}
 		case <-limit:
 			fmt.Fprintln(os.Stderr, "guard: the tests are stuck: thawing")
-			for _, thing := range have {
-				if dir, ok := strings.CutPrefix(thing, "mount "); ok {
-					Thaw(dir)
-				}
-			}
+			thawAll(have)
 			_ = unix.Kill(parent, unix.SIGQUIT) // prints where they are
 		}
 	}
 }
 
+// thawAll goes from the oldest mount on: a later one may wait for it.
+func thawAll(have []string) {
+	for _, thing := range have {
+		if dir, ok := strings.CutPrefix(thing, "mount "); ok {
+			Thaw(dir)
+		}
+	}
+}
+
 func undo(have []string) int {
+	thawAll(have)
 	for _, thing := range slices.Backward(have) {
 		fmt.Fprintln(os.Stderr, "guard: left behind:", thing)
 		kind, name, _ := strings.Cut(thing, " ")
 		switch kind {
 		case "mount":
-			Thaw(name)
 			_ = unix.Unmount(name, unix.MNT_DETACH)
 		case "loop":
 			_ = exec.Command("losetup", "-d", name).Run()
