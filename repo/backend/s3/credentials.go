@@ -20,8 +20,9 @@ import (
 const metadataTimeout = 10 * time.Second
 
 // findCredentials takes the first that is there, in restic's order: the
-// environment, AWS's credentials file, MinIO's, the machine's IAM role. It
-// also returns the key ID in use, for messages.
+// environment, AWS's credentials file, MinIO's, the machine's IAM role. Unlike
+// restic, it takes no others in place of a profile or file that the user named.
+// It also returns the key ID in use, for messages.
 func findCredentials(ctx context.Context, o Options) (*credentials.Credentials, string, error) {
 	if o.Anonymous {
 		return credentials.New(&credentials.Static{}), "", nil
@@ -53,6 +54,9 @@ func providers(inEnvironment bool) []credentials.Provider {
 	if inEnvironment {
 		return p
 	}
+	if named() {
+		return append(p, &credentials.FileAWSCredentials{})
+	}
 	p = append(p, &credentials.EnvMinio{}, &credentials.FileAWSCredentials{}, &credentials.FileMinioClient{})
 	// The AWS tools leave the metadata service alone if they are told so.
 	if !strings.EqualFold(os.Getenv("AWS_EC2_METADATA_DISABLED"), "true") {
@@ -61,11 +65,16 @@ func providers(inEnvironment bool) []credentials.Provider {
 	return p
 }
 
-// noCredentials says what was looked for. If the user named a profile or a
-// file, the reason why that one gave nothing is more use.
+// named says whether the user pointed at a credentials file.
+func named() bool {
+	return os.Getenv("AWS_PROFILE") != "" || os.Getenv("AWS_SHARED_CREDENTIALS_FILE") != ""
+}
+
+// noCredentials says what was looked for, or why what the user named gave
+// nothing.
 func noCredentials() error {
 	profile, file := os.Getenv("AWS_PROFILE"), os.Getenv("AWS_SHARED_CREDENTIALS_FILE")
-	if profile == "" && file == "" {
+	if !named() {
 		return permanentf("find S3 credentials: none found, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (or -o s3.unsafe-anonymous-auth=true for a public store)")
 	}
 	_, err := (&credentials.FileAWSCredentials{}).Retrieve()

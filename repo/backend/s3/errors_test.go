@@ -333,6 +333,8 @@ func TestCredentialsComeFromWhereResticLooks(t *testing.T) {
 	t.Run("NoSuchProfile", func(t *testing.T) {
 		t.Setenv("AWS_SHARED_CREDENTIALS_FILE", file)
 		t.Setenv("AWS_PROFILE", "nobody")
+		t.Setenv("MINIO_ACCESS_KEY", server.AccessKey) // not taken in its place
+		t.Setenv("MINIO_SECRET_KEY", server.SecretKey)
 		wantOpenError(t, `"nobody"`, file)
 	})
 }
