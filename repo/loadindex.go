@@ -54,10 +54,12 @@ func (r *Repository) LoadIndex(ctx context.Context) error {
 	}
 	isListed := func(id ID) bool { _, ok := wanted[id]; return ok }
 	r.tables.retain(isListed)
+	inUse := map[string]bool{}
 	for _, t := range r.tables.list() {
 		markCovered(wanted, t)
+		inUse[t.name] = true
 	}
-	cached := r.openCachedTables(wanted, isListed)
+	cached := r.openCachedTables(wanted, isListed, inUse)
 	fresh, err := r.convertAll(ctx, wanted)
 	if err != nil {
 		for _, t := range cached {
@@ -79,8 +81,8 @@ func markCovered(wanted map[ID]bool, t *openTable) {
 }
 
 // openCachedTables opens the tables of the cache that are still good for
-// something, and drops the others.
-func (r *Repository) openCachedTables(wanted map[ID]bool, isListed func(ID) bool) (tables []*openTable) {
+// something and not in use yet, and drops those that are good for nothing.
+func (r *Repository) openCachedTables(wanted map[ID]bool, isListed func(ID) bool, inUse map[string]bool) (tables []*openTable) {
 	names := r.cache.list(indexFolder)
 	// Merged tables first: they stand for many.
 	slices.SortFunc(names, func(a, b string) int {
@@ -91,6 +93,9 @@ func (r *Repository) openCachedTables(wanted map[ID]bool, isListed func(ID) bool
 	})
 	for _, base := range names {
 		name := indexFolder + "/" + base
+		if inUse[name] {
+			continue
+		}
 		t, err := r.cache.openTable(name)
 		if err != nil {
 			if !errors.Is(err, os.ErrNotExist) {

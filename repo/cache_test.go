@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package repo
+
+import (
+	"bytes"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dsync-backup/dsync-backup/repo/backend"
+	"github.com/dsync-backup/dsync-backup/repo/backend/faulty"
+)
+
+// cachedFiles are the files below a cache folder with their contents.
+func cachedFiles(t testing.TB, dir string) map[string][]byte {
+	t.Helper()
+	files := map[string][]byte{}
+	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(dir, path)
+		if err != nil {
+			return err
+		}
+		files[rel], err = os.ReadFile(path)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+// counting opens a repository over a store that counts.
+func counting(t testing.TB, dir, cacheDir string) (*Repository, *faulty.Backend) {
+	t.Helper()
+	be := faulty.New(openLocal(t, dir))
+	r, err := Open(t.Context(), be, testPassword, Options{CacheDir: cacheDir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	return r, be
+}
+
+func loads(t testing.TB, be *faulty.Backend, do func()) int {
+	t.Helper()
+	before := be.Count(faulty.Load)
+	do()
+	return be.Count(faulty.Load) - before
+}
+
+func TestAWarmCacheAsksTheStoreForNothing(t *testing.T) {
+	cacheDir := t.TempDir()
+	r, dir := newRepo(t, Options{CacheDir: cacheDir})
+	rng := newRand(t)
+	_, content := testBackup(t, r, rng)
+	meta := BlobHandle{Type: DataBlob, ID: Hash(content["dir/meta"][:100])}
+	everything := func(r *Repository) {
+		for range 2 { // loading again must not throw away what is in use
+			if err := r.LoadIndex(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_, s, err := r.FindSnapshot(t.Context(), "latest", SnapshotFilter{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		tree, err := r.LoadTree(t.Context(), *s.Tree)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.LoadTree(t.Context(), *tree.Nodes[0].Subtree); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.LoadBlob(t.Context(), meta, KindMeta); err != nil {
+			t.Fatal(err)
+		}
+	}
+	other := t.TempDir()
+	for name, c := range map[string]struct {
+		cache string
+		want  []int
+	}{
+		"cache of the writer": {cacheDir, []int{0, 0}},
+		"cold cache":          {other, []int{5, 0}}, // index, snapshot, two trees, metadata
+		"no cache":            {"", []int{5, 5}},
+	} {
+		for round, want := range c.want {
+			r, be := counting(t, dir, c.cache)
+			if got := loads(t, be, func() { everything(r) }); got != want {
+				t.Errorf("%s, round %d: %d loads, want %d", name, round, got, want)
+			}
+		}
+	}
+	// Bulk data is not kept.
+	for name, data := range cachedFiles(t, cacheDir) {
+		if len(data) > 100_000 {
+			t.Errorf("%s of %d bytes is in the cache", name, len(data))
+		}
+	}
+}
+
+// Every file of the cache is cut, emptied, or has a byte flipped: whatever
+// comes of it, what is read is right, and the cache is whole afterwards.
+func TestABadCacheEntryIsDroppedAndFetchedAgain(t *testing.T) {
+	cacheDir := t.TempDir()
+	r, dir := newRepo(t, Options{CacheDir: cacheDir})
+	rng := newRand(t)
+	_, content := testBackup(t, r, rng)
+	good := cachedFiles(t, cacheDir)
+	if len(good) < 6 {
+		t.Fatalf("%d files prove nothing", len(good))
+	}
+	for name, data := range good {
+		if strings.HasSuffix(name, "CACHEDIR.TAG") {
+			continue
+		}
+		for what, bad := range map[string][]byte{"cut": data[:len(data)/2], "empty": nil, "flipped": flip(data, rng.IntN(len(data))), "flipped first": flip(data, 0), "flipped third": flip(data, 3), "longer": append(bytes.Clone(data), 0)} {
+			if err := os.WriteFile(filepath.Join(cacheDir, name), bad, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			r := reopen(t, dir, Options{CacheDir: cacheDir})
+			_, s, err := r.FindSnapshot(t.Context(), "latest", SnapshotFilter{})
+			if err != nil {
+				t.Fatalf("%s %s: %v", name, what, err)
+			}
+			got := map[string][]byte{}
+			readTree(t, r, *s.Tree, "", got)
+			for _, part := range [][]byte{content["dir/meta"][:100], content["dir/meta"][100:]} {
+				if b, err := r.LoadBlob(t.Context(), BlobHandle{Type: DataBlob, ID: Hash(part)}, KindMeta); err != nil || !bytes.Equal(b, part) {
+					t.Errorf("%s %s: %v", name, what, err)
+				}
+			}
+			for f, want := range content {
+				if !bytes.Equal(got[f], want) {
+					t.Errorf("%s %s: %s is wrong", name, what, f)
+				}
+			}
+			if now := cachedFiles(t, cacheDir); !bytes.Equal(now[name], data) {
+				t.Errorf("%s %s: it is not mended", name, what)
+			}
+		}
+	}
+}
+
+func flip(data []byte, i int) []byte {
+	data = bytes.Clone(data)
+	data[i] ^= 1
+	return data
+}
+
+// A table that goes bad while it is in use is made anew under way.
+func TestATableThatGoesBadInUseIsReplaced(t *testing.T) {
+	cacheDir := t.TempDir()
+	r, dir := newRepo(t, Options{CacheDir: cacheDir})
+	_, content := testBackup(t, r, newRand(t))
+	r = reopen(t, dir, Options{CacheDir: cacheDir})
+	name := onlyFile(t, filepath.Join(cacheDir, "*", "index", "*"))
+	f, err := os.OpenFile(name, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for p := int64(2); p < 4; p++ { // the pages of packs and of entries
+		if _, err := f.WriteAt([]byte("bad"), p*4096+100); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			if size, ok := r.BlobSize(BlobHandle{Type: DataBlob, ID: Hash(content["dir/meta"][:100])}); !ok || size != 100 {
+				t.Errorf("%d, %v", size, ok)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func TestNothingIsWrittenWhileTheCacheIsDeferred(t *testing.T) {
+	cacheDir := t.TempDir()
+	r, dir := newRepo(t, Options{CacheDir: cacheDir})
+	rng := newRand(t)
+	testBackup(t, r, rng)
+	before := cachedFiles(t, cacheDir)
+	r.DeferCache(true)
+	_, content := testBackup(t, r, rng)
+	if err := r.LoadIndex(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	_, s, err := r.FindSnapshot(t.Context(), "latest", SnapshotFilter{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.LoadTree(t.Context(), *s.Tree); err != nil {
+		t.Fatal(err)
+	}
+	if got := cachedFiles(t, cacheDir); fmt.Sprint(got) != fmt.Sprint(before) {
+		t.Errorf("%d files instead of %d", len(got), len(before))
+	}
+	r.DeferCache(false)
+	again, be := counting(t, dir, cacheDir)
+	if n := loads(t, be, func() {
+		if err := again.LoadIndex(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := again.LoadTree(t.Context(), *s.Tree); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := again.LoadBlob(t.Context(), BlobHandle{Type: DataBlob, ID: Hash(content["dir/meta"][:100])}, KindMeta); err != nil {
+			t.Fatal(err)
+		}
+	}); n != 0 {
+		t.Errorf("%d loads: what was held back was not all written", n)
+	}
+}
+
+// Writers keep running while the cache is deferred and released.
+func TestDeferringIsSafeWhileWritersRun(t *testing.T) {
+	cacheDir := t.TempDir()
+	r, dir := newRepo(t, Options{CacheDir: cacheDir})
+	seed := newRand(t).Uint64()
+	w := r.NewWriter(t.Context(), WriterOptions{})
+	w.indexBlobs = 20
+	var wg sync.WaitGroup
+	for g := range uint64(4) {
+		wg.Go(func() {
+			for i := range uint64(100) {
+				if _, err := w.SaveBlob(t.Context(), KindMeta, fmt.Append(nil, seed, g, i)); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for range 5 {
+		r.DeferCache(true)
+		before := len(cachedFiles(t, cacheDir))
+		time.Sleep(5 * time.Millisecond) // a chance to write what must not be written
+		if after := len(cachedFiles(t, cacheDir)); after != before {
+			t.Errorf("%d files became %d", before, after)
+		}
+		r.DeferCache(false)
+	}
+	wg.Wait()
+	if err := w.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := len(cachedFiles(t, cacheDir)); got < 400 {
+		t.Errorf("%d files in the cache: what was held back is lost", got)
+	}
+	mustCheckCleanOnce(t, dir)
+}
+
+func TestARepositoryWithoutAWritableCacheWorks(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, dir := newRepo(t, Options{CacheDir: filepath.Join(file, "cache")})
+	testBackup(t, r, newRand(t))
+	mustCheckCleanOnce(t, dir)
+
+	// The cache goes away in the middle of a backup.
+	cacheDir := filepath.Join(t.TempDir(), "cache")
+	r = reopen(t, dir, Options{CacheDir: cacheDir})
+	if err := os.RemoveAll(cacheDir); err != nil {
+		t.Fatal(err)
+	}
+	_, content := testBackup(t, r, newRand(t))
+	mustCheckCleanOnce(t, dir)
+	mustHold(t, dir, "latest", content)
+}
+
+// An hourly backup leaves thousands of index files: lookups go through a few
+// tables all the same, also after restic has replaced all of the files.
+func TestManyIndexFilesAreLookedUpInFewTables(t *testing.T) {
+	for _, cacheDir := range []string{"", t.TempDir()} {
+		r, dir := newRepo(t, Options{CacheDir: cacheDir})
+		const n = 150
+		save := func(i int) BlobHandle {
+			w := r.NewWriter(t.Context(), WriterOptions{})
+			s, err := w.SaveBlob(t.Context(), KindData, fmt.Append(nil, "blob ", i))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := w.Flush(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			return BlobHandle{Type: DataBlob, ID: s.ID}
+		}
+		var handles []BlobHandle
+		for i := range n {
+			handles = append(handles, save(i))
+		}
+		check := func(r *Repository) {
+			t.Helper()
+			for _, h := range handles {
+				if got := len(r.Locations(h)); got != 1 {
+					t.Fatalf("%s is at %d places", h, got)
+				}
+			}
+			if got := len(r.tables.list()); got > 2*maxTables {
+				t.Errorf("%d tables are open", got)
+			}
+		}
+		check(r)
+		for want := range 2 {
+			again, be := counting(t, dir, cacheDir)
+			got := loads(t, be, func() {
+				if err := again.LoadIndex(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			})
+			if cacheDir != "" && got != 0 || cacheDir == "" && got != n {
+				t.Errorf("round %d: %d index files were read", want, got)
+			}
+			check(again)
+			if got := len(again.tables.list()); got > maxTables {
+				t.Errorf("%d tables are open after loading", got)
+			}
+		}
+		// Half of the index files go; what they listed counts no more, although
+		// it is in a merged table.
+		files, err := listIDs(t.Context(), r.be, backend.IndexFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		gone := map[BlobHandle]bool{}
+		packs := indexFiles(t, r)
+		for _, f := range files[:n/2] {
+			if err := r.be.Remove(t.Context(), backend.Handle{Type: backend.IndexFile, Name: f.id.String()}); err != nil {
+				t.Fatal(err)
+			}
+			gone[packs[f.id][0].Blobs[0].Handle] = true
+		}
+		for _, r := range []*Repository{r, reopen(t, dir, Options{CacheDir: cacheDir})} {
+			if err := r.LoadIndex(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			for _, h := range handles {
+				if r.Has(h) == gone[h] {
+					t.Errorf("%s: known is %v", h, r.Has(h))
+				}
+			}
+		}
+		// restic makes one new index file of all packs.
+		stockRestics(t)[1].run(t, dir, "repair", "index", "--read-all-packs")
+		again, be := counting(t, dir, cacheDir)
+		if got := loads(t, be, func() {
+			if err := again.LoadIndex(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}); got != 1 {
+			t.Errorf("%d index files were read, want 1", got)
+		}
+		check(again)
+		if cacheDir != "" {
+			if names, err := filepath.Glob(filepath.Join(cacheDir, "*", "index", "*")); err != nil || len(names) != 1 {
+				t.Errorf("%d tables are left in the cache, %v", len(names), err)
+			}
+		}
+	}
+}
