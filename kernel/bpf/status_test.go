@@ -278,7 +278,12 @@ func TestHarmlessPassthroughKeepsReliability(t *testing.T) {
 	if _, err := Open("/dev/vda"); !errors.Is(err, kernel.ErrNotTracked) {
 		t.Fatalf("/dev/vda is tracked already (%v)", err)
 	}
-	tr := track(t, "/dev/vda")
+	// Passthrough is judged when it is issued.
+	tr, err := Start(t.Context(), "/dev/vda", Options{skip: func(p string) bool { return !strings.HasPrefix(p, "rq_issue") }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stopIfTracked(t, "/dev/vda", tr.dir) })
 	for range 10 {
 		if _, err := os.ReadFile("/sys/block/vda/serial"); err != nil {
 			t.Fatal(err)
