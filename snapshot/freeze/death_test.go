@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -20,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
+	"github.com/dsync-backup/dsync-backup/snapshot/device/looptest"
 )
 
 const victimArg = "freeze-victim"
@@ -61,6 +63,7 @@ func victim(dev string) int {
 func startVictim(t *testing.T, dev string) (*exec.Cmd, *bufio.Reader, *bytes.Buffer) {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe", victimArg, dev)
+	cmd.Args[0] = os.Args[0] // so that its watchdogs can be told from others
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.StdoutPipe()
@@ -84,34 +87,53 @@ func TestKilledParentLeavesNothingFrozen(t *testing.T) {
 		t.Run(fsType, func(t *testing.T) {
 			dev, dir := fileSystem(t, fsType)
 			w := startWriter(t, dir)
+			atFreeze := 0
 			for range rounds(9, 200) {
 				cmd, out, stderr := startVictim(t, dev)
+				last := ""
 				for range 1 + rng.IntN(4) {
-					if _, err := out.ReadString('\n'); err != nil {
+					var err error
+					if last, err = out.ReadString('\n'); err != nil {
 						t.Fatalf("victim: %v: %s", err, stderr)
 					}
+				}
+				if last == "frozen\n" {
+					atFreeze++
 				}
 				time.Sleep(time.Duration(rng.IntN(12000)) * time.Microsecond)
 				_ = cmd.Process.Kill()
 				_ = cmd.Wait()
-				// The next victim would be refused if anything stayed frozen.
+				awaitWatchdogs(t)
+				writable(t, dir)
 				w.goesOn(t)
-				awaitThawed(t, dir)
 			}
+			t.Logf("%d deaths in a freeze or just after, the others around its start", atFreeze)
 		})
 	}
 }
 
-// awaitThawed waits for the watchdog of a dead parent, which thaws after it
-// has noticed.
-func awaitThawed(t *testing.T, dir string) {
+// awaitWatchdogs waits until those of killed parents have left.
+func awaitWatchdogs(t *testing.T) {
 	t.Helper()
-	for deadline := time.Now().Add(long / 4); isFrozen(t, dir); time.Sleep(time.Millisecond) {
+	want := os.Args[0] + "\x00" + WatchdogArg + "\x00"
+	alive := func() bool {
+		files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range files {
+			if b, err := os.ReadFile(name); err == nil && string(b) == want {
+				return true // a zombie has no command line
+			}
+		}
+		return false
+	}
+	for deadline := time.Now().Add(patience); alive(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatal("still frozen after the death of the parent")
+			looptest.ThawAll()
+			t.Fatal("a watchdog stays after the death of its parent")
 		}
 	}
-	writable(t, dir)
 }
 
 // TestKilledWatchdogIsReplacedByTheParent kills the watchdog at random moments
@@ -124,12 +146,18 @@ func TestKilledWatchdogIsReplacedByTheParent(t *testing.T) {
 	dev, dir := fileSystem(t, "ext4")
 	_, top := stackOn(t, dir)
 	w := startWriter(t, top)
-	for range rounds(16, 300) {
+	for round := range rounds(24, 400) {
 		f := start(t, dev, Options{MaxFreeze: long})
 		delay := time.Duration(rng.IntN(20000)) * time.Microsecond
 		killed := make(chan struct{})
 		go func() {
 			defer close(killed)
+			if round%2 == 0 {
+				// Aimed at the system call: between its announcement
+				// and what the watchdog makes of its result.
+				delay /= 20
+				f.awaitFreezing(round / 2 % 2)
+			}
 			time.Sleep(delay)
 			_ = unix.Kill(f.cmd.Process.Pid, unix.SIGKILL)
 		}()
@@ -148,6 +176,19 @@ func TestKilledWatchdogIsReplacedByTheParent(t *testing.T) {
 		}
 		w.goesOn(t)
 		writable(t, dir, top)
+	}
+}
+
+// awaitFreezing waits until the watchdog is about to freeze a file system.
+func (f *Freezer) awaitFreezing(i int) {
+	for {
+		f.mu.Lock()
+		state := f.states[i]
+		f.mu.Unlock()
+		if state != idle {
+			return
+		}
+		time.Sleep(10 * time.Microsecond)
 	}
 }
 

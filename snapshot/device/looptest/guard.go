@@ -29,10 +29,11 @@ func guardLimit() time.Duration {
 	return 9 * time.Minute
 }
 
-// guardPipe leads to this process's guard.
+// guardPipe leads to this process's guard, which keeps the same list.
 var guardPipe struct {
-	mu sync.Mutex
-	w  *os.File
+	mu   sync.Mutex
+	w    *os.File
+	have []string
 }
 
 // Main is what TestMain calls in place of m.Run: it runs the tests under a
@@ -71,9 +72,29 @@ func Main(m *testing.M) int {
 func tell(line string) {
 	guardPipe.mu.Lock()
 	defer guardPipe.mu.Unlock()
+	guardPipe.have = note(guardPipe.have, line)
 	if guardPipe.w != nil {
 		fmt.Fprintln(guardPipe.w, line)
 	}
+}
+
+// note adds what a line begins with + and removes what it begins with -.
+func note(have []string, line string) []string {
+	if thing, ok := strings.CutPrefix(line, "+"); ok {
+		return append(have, thing)
+	}
+	if i := slices.Index(have, line[1:]); i >= 0 {
+		return slices.Delete(have, i, i+1)
+	}
+	return have
+}
+
+// ThawAll thaws every mount of this test process, so that a test which finds
+// something frozen can fail instead of waiting for it.
+func ThawAll() {
+	guardPipe.mu.Lock()
+	defer guardPipe.mu.Unlock()
+	thawAll(guardPipe.have)
 }
 
 // guard keeps the list of what exists, and undoes it when the tests are gone.
@@ -94,11 +115,7 @@ func guard() int {
 			if !ok {
 				return undo(have)
 			}
-			if thing, ok := strings.CutPrefix(line, "+"); ok {
-				have = append(have, thing)
-			} else if i := slices.Index(have, line[1:]); i >= 0 {
-				have = slices.Delete(have, i, i+1)
-			}
+			have = note(have, line)
 		case <-limit:
 			fmt.Fprintln(os.Stderr, "guard: the tests are stuck: thawing")
 			thawAll(have)
