@@ -31,10 +31,11 @@ func ParseRanges(rd io.Reader, size int64) ([]kernel.Extent, error) {
 			Offset *int64 `json:"offset"`
 			Length *int64 `json:"length"`
 		}
-		if err := json.Unmarshal(line, &raw); err != nil {
+		err := json.Unmarshal(line, &raw)
+		if wrongType := (*json.UnmarshalTypeError)(nil); err != nil && !errors.As(err, &wrongType) {
 			return nil, fmt.Errorf("read changed ranges: line %d: %w", n, err)
 		}
-		if raw.Offset == nil || raw.Length == nil {
+		if err != nil || raw.Offset == nil || raw.Length == nil {
 			return nil, fmt.Errorf(`read changed ranges: line %d: want {"offset":BYTES,"length":BYTES}`, n)
 		}
 		e := kernel.Extent{Offset: *raw.Offset, Length: *raw.Length}

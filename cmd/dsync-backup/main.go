@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -70,7 +71,8 @@ func run(args []string, stdout, stderr *freeze.HoldOutput) int {
 	}
 	code := exitCode(ctx, err)
 	if !errors.Is(err, errSaid) {
-		report(stderr, g.json, code, err)
+		// The flags of an unknown command were not parsed.
+		report(stderr, g.json || slices.Contains(args, "--json"), code, err)
 	}
 	return code
 }
