@@ -29,12 +29,20 @@ func (e Extent) Validate(size int64) error {
 }
 
 // Align widens every extent to whole blocks, cuts it at the device's size,
-// sorts, and joins what touches or overlaps. The device's last block may be
-// short. It works in place and returns the shortened slice.
+// sorts, and joins what touches or overlaps; an empty extent vanishes. The
+// device's last block may be short. Offsets must not be negative. It works in
+// place and returns the shortened slice.
 func Align(extents []Extent, size int64) []Extent {
 	for i, e := range extents {
-		end := min((e.End()+BlockSize-1)/BlockSize*BlockSize, size)
+		if e.Length <= 0 || e.Offset >= size {
+			extents[i].Length = 0
+			continue
+		}
 		start := e.Offset / BlockSize * BlockSize
+		end := size
+		if e.Length < size-e.Offset {
+			end = min((e.End()+BlockSize-1)/BlockSize*BlockSize, size)
+		}
 		extents[i] = Extent{start, end - start}
 	}
 	slices.SortFunc(extents, func(a, b Extent) int {
