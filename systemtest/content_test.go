@@ -241,3 +241,10 @@ func (e *env) restored(id string) string {
 	e.must("-q", "restore", id, file)
 	return file
 }
+
+// lightEnv makes a repository in a temporary folder, one that is cheap to open.
+func lightEnv(t testing.TB) *env {
+	e := newEnv(t, filepath.Join(t.TempDir(), "repo"))
+	e.initLight()
+	return e
+}

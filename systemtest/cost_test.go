@@ -83,7 +83,7 @@ func TestIncrementalOfOnePercentCostsWhatChanged(t *testing.T) {
 			const size = 4 << 30
 			r := random(t)
 			c := newContent(r, compressible)
-			e, d := localEnv(t), newDisk(t, size)
+			e, d := lightEnv(t), newDisk(t, size)
 			f := direct(t, d.path)
 			fillRange(t, f, c, 0, base())
 			d.track(e)
@@ -108,7 +108,7 @@ func TestFewBlocksOfAHugeSparseDeviceCostWhatChanged(t *testing.T) {
 	const size = 4 << 40
 	r := random(t)
 	c := newContent(r, true)
-	e, d := localEnv(t), newDisk(t, size)
+	e, d := lightEnv(t), newDisk(t, size)
 	f := direct(t, d.path)
 	first := writeBlocks(t, f, c, someBlocks(r, size, 100))
 	d.track(e)
@@ -132,7 +132,7 @@ func TestChangedRangesFromAFileCostWhatChanged(t *testing.T) {
 	const size = 1 << 30
 	r := random(t)
 	c := newContent(r, true)
-	e, d := localEnv(t), newDisk(t, size)
+	e, d := lightEnv(t), newDisk(t, size)
 	f := direct(t, d.path)
 	fillRange(t, f, c, 0, 64<<20)
 	e.backup(d.path)
@@ -159,7 +159,7 @@ func TestCompareOfAnImageStoresOnlyWhatChanged(t *testing.T) {
 	const size = 256 << 20
 	r := random(t)
 	c := newContent(r, true)
-	e := localEnv(t)
+	e := lightEnv(t)
 	image := filepath.Join(t.TempDir(), "disk.img")
 	if err := os.WriteFile(image, nil, 0o644); err != nil {
 		t.Fatal(err)
