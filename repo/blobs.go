@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
-	"strings"
 
 	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/repo/pack"
@@ -109,12 +108,6 @@ func (r *Repository) loadAt(ctx context.Context, h BlobHandle, kind Kind, loc Lo
 
 func packHandle(id ID) backend.Handle {
 	return backend.Handle{Type: backend.PackFile, Name: id.String()}
-}
-
-// blobName is a blob's name in the cache.
-func blobName(h BlobHandle) string {
-	id := h.ID.String()
-	return strings.Join([]string{"blobs", id[:2], h.Type.String() + "-" + id}, "/")
 }
 
 // cacheEntry is what the cache holds of a blob: the length of its plaintext if

@@ -370,3 +370,36 @@ func TestManyIndexFilesAreLookedUpInFewTables(t *testing.T) {
 		}
 	}
 }
+
+func TestCleaningKeepsWhatTheIndexKnows(t *testing.T) {
+	cacheDir := t.TempDir()
+	r, dir := newRepo(t, Options{CacheDir: cacheDir})
+	rng := newRand(t)
+	first, _ := testBackup(t, r, rng)
+	_, content := testBackup(t, r, rng)
+	if n, err := r.CleanCache(t.Context()); err != nil || n != 0 {
+		t.Errorf("%d removed, %v", n, err)
+	}
+	stockRestics(t)[1].run(t, dir, "forget", "--prune", "--max-unused", "0", first.String())
+	if err := r.LoadIndex(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := r.CleanCache(t.Context()); err != nil || n != 4 { // two trees, two of metadata
+		t.Errorf("%d removed, %v", n, err)
+	}
+	if n := loads(t, countLoads(t, r), func() {
+		if _, err := r.LoadBlob(t.Context(), BlobHandle{Type: DataBlob, ID: Hash(content["dir/meta"][:100])}, KindMeta); err != nil {
+			t.Error(err)
+		}
+	}); n != 0 {
+		t.Error("what is still known was removed")
+	}
+}
+
+// countLoads puts a counter below a repository.
+func countLoads(t testing.TB, r *Repository) *faulty.Backend {
+	t.Helper()
+	be := faulty.New(r.be)
+	r.be = be
+	return be
+}

@@ -14,7 +14,7 @@ import (
 const (
 	// uploadMemory bounds the full packs in memory that wait for the store or
 	// are on their way, in bytes; a larger pack goes alone.
-	uploadMemory = 64 << 20
+	uploadMemory = 48 << 20
 
 	// twoPacksMax is the largest pack size at which data is spread over two
 	// open packs.
@@ -131,7 +131,9 @@ func (w *Writer) upload(kind Kind, b *pack.Builder) error {
 	return w.indexPack(id, blobs)
 }
 
-// takeBuffer and giveBuffer pass the memory of finished packs on to new ones.
+// takeBuffer and giveBuffer pass the memory of finished packs on to new ones,
+// so that a long backup makes no garbage of that size: the collector would let
+// the heap grow to twice what is in use.
 func (w *Writer) takeBuffer() []byte {
 	w.freeMu.Lock()
 	defer w.freeMu.Unlock()
@@ -147,8 +149,5 @@ func (w *Writer) takeBuffer() []byte {
 func (w *Writer) giveBuffer(buf []byte) {
 	w.freeMu.Lock()
 	defer w.freeMu.Unlock()
-	// More would only lie about: two data packs are open at a time.
-	if len(w.free) < 2 {
-		w.free = append(w.free, buf)
-	}
+	w.free = append(w.free, buf)
 }

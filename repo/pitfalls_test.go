@@ -296,3 +296,30 @@ func TestNothingIsLostWhenResticRewritesASnapshot(t *testing.T) {
 		}
 	}
 }
+
+// FuzzTree proves that what decodes encodes the same way twice, and that no
+// input makes the decoder panic.
+func FuzzTree(f *testing.F) {
+	f.Add([]byte(`{"nodes":[{"name":"a","type":"file","mode":420,"mtime":"2024-02-29T12:00:00.12+01:00","atime":"2024-02-29T12:00:00Z","ctime":"2024-02-29T12:00:00Z","uid":1,"gid":2,"user":"u","size":5,"content":["` + strings.Repeat("ab", 32) + `"]}]}`))
+	f.Add([]byte(`{"nodes":[{"name":"\\xff\u2028","type":"dir","content":null,"subtree":"` + strings.Repeat("00", 32) + `","generic_attributes":{"a":{"b":"<"}}}]}`))
+	f.Add([]byte(`{"nodes":[{"name":"l","type":"symlink","linktarget":"x","linktarget_raw":"/w==","extended_attributes":[{"name":"n","value":"AA=="}]}]}`))
+	f.Add([]byte(`{"nodes":[null]}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		tree, err := DecodeTree(data)
+		if err != nil {
+			return
+		}
+		first, err := tree.Encode()
+		if err != nil {
+			return
+		}
+		again, err := DecodeTree(first)
+		if err != nil {
+			t.Fatalf("%q does not decode: %v", first, err)
+		}
+		second, err := again.Encode()
+		if err != nil || !bytes.Equal(first, second) {
+			t.Errorf("%q became %q, %v", first, second, err)
+		}
+	})
+}

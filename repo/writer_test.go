@@ -5,14 +5,18 @@ package repo
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/repo/backend/faulty"
@@ -337,6 +341,55 @@ func BenchmarkSaveBlob(b *testing.B) {
 			if err := w.Flush(b.Context()); err != nil {
 				b.Fatal(err)
 			}
+		})
+	}
+}
+
+// BenchmarkWriterMemory reports the most heap that a full backup's writer takes
+// over a slow store, sampled; its callers' buffers of 1 MiB each are included.
+func BenchmarkWriterMemory(b *testing.B) {
+	for _, packSize := range []int{DefaultPackSize, MaxPackSize} {
+		b.Run(fmt.Sprintf("packs of %d MiB", packSize>>20), func(b *testing.B) {
+			dir := filepath.Join(b.TempDir(), "repo")
+			be := faulty.New(openLocal(b, dir))
+			r, err := Init(b.Context(), be, testPassword, Options{Compression: CompressionOff, PackSize: packSize, KDF: lightKDF})
+			if err != nil {
+				b.Fatal(err)
+			}
+			be.Inject(faulty.Rule{Ops: faulty.Save, Delay: 100 * time.Millisecond})
+			peak := uint64(0)
+			for b.Loop() {
+				w := r.NewWriter(b.Context(), WriterOptions{})
+				var wg sync.WaitGroup
+				for g := range uint64(4) {
+					wg.Go(func() {
+						data := make([]byte, 1<<20)
+						rng := rand.New(rand.NewPCG(g, 0))
+						for range 192 {
+							binary.LittleEndian.PutUint64(data, rng.Uint64())
+							if _, err := w.SaveBlob(b.Context(), KindData, data); err != nil {
+								b.Error(err)
+							}
+						}
+					})
+				}
+				done := make(chan struct{})
+				go func() { wg.Wait(); close(done) }()
+				for running := true; running; {
+					select {
+					case <-done:
+						running = false
+					case <-time.After(20 * time.Millisecond):
+					}
+					var m runtime.MemStats
+					runtime.ReadMemStats(&m)
+					peak = max(peak, m.HeapInuse)
+				}
+				if err := w.Flush(b.Context()); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64(peak)/(1<<20), "peak-heap-MiB")
 		})
 	}
 }
