@@ -275,6 +275,32 @@ func TestFreezerFreezesOnce(t *testing.T) {
 	}
 }
 
+// TestWatchdogNeedsNoDisk looks for pages of its program that are not in memory.
+func TestWatchdogNeedsNoDisk(t *testing.T) {
+	dev, _ := fileSystem(t, "ext4")
+	f := start(t, dev, Options{})
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps", f.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	name, size, rss, seen := "", 0, 0, 0
+	for line := range lines(b) {
+		if fields := strings.Fields(line); !strings.HasSuffix(fields[0], ":") {
+			name = fields[len(fields)-1]
+		}
+		_, _ = fmt.Sscanf(line, "Size: %d kB", &size)
+		if n, _ := fmt.Sscanf(line, "Rss: %d kB", &rss); n == 1 && strings.HasSuffix(name, filepath.Base(os.Args[0])) {
+			seen++
+			if rss != size {
+				t.Errorf("%s: %d of %d kB are in memory", name, rss, size)
+			}
+		}
+	}
+	if seen == 0 {
+		t.Fatal("its program is not mapped")
+	}
+}
+
 // TestOutputIsHeldWhileFrozen writes more than a pipe takes to one whose reader
 // waits for the frozen file system, as a shell's `> log` on it would.
 func TestOutputIsHeldWhileFrozen(t *testing.T) {
