@@ -135,6 +135,12 @@ func (b *backup) copy(ctx context.Context) (res layer.Result, key SumKey, err er
 	}
 	b.r.DeferCache(still)
 	defer b.r.DeferCache(false)
+	// Direct reads see what the page cache of this very device holds, but not
+	// what those of its partitions or of its disk do. What is written from now
+	// on, Rotate syncs once more.
+	if err := b.Device.Sync(ctx); err != nil {
+		return res, key, err
+	}
 	standing, err := b.Instant.Begin(ctx)
 	if err != nil {
 		return res, key, err
@@ -199,9 +205,6 @@ func (b *backup) rotate(ctx context.Context) error {
 	b.sum.FallbackReason = b.Broken
 	if b.History == nil {
 		return nil
-	}
-	if err := b.Device.Sync(ctx); err != nil {
-		return fmt.Errorf("write out the device's cache before the epoch ends: %w", err)
 	}
 	e, err := b.History.Rotate(ctx)
 	if err != nil {

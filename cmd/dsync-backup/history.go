@@ -32,8 +32,8 @@ func (h *history) Close() error { return errors.Join(h.Unlock(), h.tracker.Close
 // and the reason is returned. So is the reason why a tracker cannot be asked.
 func openHistory(ctx context.Context, g *globals, path string) (*history, string, error) {
 	t, err := bpf.Open(path)
-	if errors.Is(err, kernel.ErrNotTracked) || err != nil && bpf.Supported() != nil {
-		return nil, "", nil
+	if err != nil && (errors.Is(err, kernel.ErrNotTracked) || bpf.Supported() != nil) {
+		return nil, "", nil //nolint:nilerr // what does not run here watches nothing
 	}
 	if err != nil {
 		return nil, fmt.Sprintf("the tracker cannot be asked: %v", err), nil

@@ -25,7 +25,6 @@ import (
 // image is a device in memory.
 type image struct {
 	data []byte
-	read int64
 }
 
 func (m *image) ReadExtent(_ context.Context, p []byte, off int64) error {

@@ -220,9 +220,10 @@ func (w *writer) blocks(e kernel.Extent, buf []byte, sums []uint64, zero []bool)
 		if err != nil {
 			return err
 		}
-		j, next := i+1, k
+		j := i + 1
 		for j < len(sums) {
-			if next, err = kind(j); err != nil {
+			next, err := kind(j)
+			if err != nil {
 				return err
 			}
 			if next != k {
