@@ -124,11 +124,9 @@ func Start(ctx context.Context, mounts []device.Mount, o Options) (*Freezer, err
 }
 
 func (f *Freezer) spawn() error {
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	// Non-blocking, so that closing our end wakes who reads from it.
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return err
-	}
-	if err := unix.SetNonblock(pair[0], true); err != nil {
 		return err
 	}
 	f.socket = os.NewFile(uintptr(pair[0]), "watchdog")
@@ -166,8 +164,7 @@ func (f *Freezer) Freeze(ctx context.Context) error {
 		return err
 	}
 	if err := f.send(orderFreeze); err != nil {
-		f.relax()
-		return fmt.Errorf("freeze: %w: %w", ErrWatchdog, err)
+		return errors.Join(fmt.Errorf("freeze: %w: %w", ErrWatchdog, err), f.relax())
 	}
 	select {
 	case <-f.holding:
@@ -177,7 +174,8 @@ func (f *Freezer) Freeze(ctx context.Context) error {
 		_, err := f.Thaw()
 		return errors.Join(fmt.Errorf("freeze: %w", ctx.Err()), ignoreThawed(err))
 	}
-	return errors.Join(f.end.err, f.relax())
+	// Ended without an error: somebody called Thaw or Close meanwhile.
+	return errors.Join(cmp.Or(f.end.err, errNotFrozen), f.relax())
 }
 
 func ignoreThawed(err error) error {
@@ -280,10 +278,15 @@ func (f *Freezer) Close() error {
 	if rc, err := f.socket.SyscallConn(); err == nil {
 		_ = rc.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_WR) })
 	}
+	wait := time.After(f.options.MaxFreeze + grace)
+	select {
+	case <-f.ended:
+	case <-wait:
+	}
 	var err error
 	select {
 	case <-f.gone:
-	case <-time.After(f.options.MaxFreeze + 2*grace):
+	case <-time.After(grace):
 		// It is not killed: it may sit in a freeze that would then outlive
 		// it. It thaws as soon as it can.
 		err = errors.New("close freezer: the watchdog is stuck; it thaws when it can")
