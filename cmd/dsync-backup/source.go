@@ -132,10 +132,11 @@ func (f *frozen) Kind() snapshot.PointInTime { return snapshot.PointInTimeFreeze
 // reads our output may have to wait for the frozen file system.
 func (f *frozen) Begin(ctx context.Context) (context.Context, error) {
 	f.p.hold(true)
-	f.begun = true
 	if err := f.freezer.Freeze(ctx); err != nil {
-		return nil, err
+		f.p.hold(false)
+		return nil, err // nothing is frozen
 	}
+	f.begun = true
 	now, err := device.Mounts(f.path)
 	if err != nil {
 		return nil, err
