@@ -104,7 +104,7 @@ func (d *damaged) mustName(err error, want []kernel.Extent) {
 func TestAFlippedByteIsNamedByItsRangesAndTheRestIsRestored(t *testing.T) {
 	d := newDamaged(t)
 	d.flip()
-	for _, lim := range []limits{restoreLimits(), {7, 2, 1 << 19}} {
+	for _, lim := range []limits{restoreLimits(), {7, 2, 1 << 19, 1 << 16}} {
 		loop := d.loop(9 << 20)
 		want := append(slices.Clone(d.image), d.content(loop)[len(d.image):]...)
 		for _, e := range d.ranges {
@@ -118,7 +118,7 @@ func TestAFlippedByteIsNamedByItsRangesAndTheRestIsRestored(t *testing.T) {
 		d.same("the target", d.content(loop), want)
 	}
 	var out bytes.Buffer
-	_, err := Dump(t.Context(), d.store, &out, DumpOptions{Device: d.device, limits: limits{1 << 10, 1 << 10, 1 << 20}})
+	_, err := Dump(t.Context(), d.store, &out, DumpOptions{Device: d.device, limits: limits{1 << 10, 1 << 10, 1 << 20, 0}})
 	if !errors.Is(err, layer.ErrDamaged) {
 		t.Errorf("dump: %v", err)
 	}

@@ -124,7 +124,7 @@ func (d *dump) stage(ctx context.Context, w *window) error {
 		s.data = make([]byte, w.bytes)
 	}
 	s.data = s.data[:w.bytes]
-	if err := d.fetch.fetch(ctx, w, func() sink { return stager(s.data) }); err != nil {
+	if err := d.fetch.fetch(ctx, w, d.notKept(s.data), func() sink { return stager(s.data) }); err != nil {
 		return err
 	}
 	select {
@@ -132,6 +132,19 @@ func (d *dump) stage(ctx context.Context, w *window) error {
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
+	}
+}
+
+// notKept picks the blobs that are not kept from a window before; the others
+// it stages.
+func (d *dump) notKept(data []byte) func(*need) bool {
+	return func(n *need) bool {
+		plain, ok := d.fetch.kept.get(n.id)
+		if last := n.segs[len(n.segs)-1]; !ok || last.in+last.length > int64(len(plain)) {
+			return true
+		}
+		_ = stager(data).blob(n.segs, plain) // it never fails
+		return false
 	}
 }
 

@@ -58,14 +58,10 @@ type batchOf struct {
 	bytes int64
 }
 
-// fetch loads each blob of the window once and hands it to the sink of the
-// goroutine that did.
-func (f *fetcher) fetch(ctx context.Context, w *window, newSink func() sink) error {
-	cached, err := f.fromCache(w, newSink)
-	if err != nil {
-		return err
-	}
-	packs, err := f.group(w, cached)
+// fetch loads each blob of the window that is picked once and hands it to the
+// sink of the goroutine that did.
+func (f *fetcher) fetch(ctx context.Context, w *window, pick func(*need) bool, newSink func() sink) error {
+	packs, err := f.group(w, pick)
 	if err != nil {
 		return err
 	}
@@ -79,11 +75,12 @@ func (f *fetcher) fetch(ctx context.Context, w *window, newSink func() sink) err
 
 // group looks for each blob in a pack that is needed anyway, else in any. The
 // packs are in the order of the device.
-func (f *fetcher) group(w *window, skip map[int]bool) ([]*batchOf, error) {
+func (f *fetcher) group(w *window, pick func(*need) bool) ([]*batchOf, error) {
 	byPack := map[repo.ID]*batchOf{}
 	var packs []*batchOf
-	for i, n := range w.needs {
-		if skip[i] {
+	for i := range w.needs {
+		n := &w.needs[i]
+		if !pick(n) {
 			continue
 		}
 		places := f.chain.locations(n.id)
@@ -170,26 +167,6 @@ func (f *fetcher) load(ctx context.Context, w *window, p *batchOf, to sink) erro
 func isDamage(err error) bool {
 	return errors.Is(err, repo.ErrDamaged) || errors.Is(err, repo.ErrBlobNotFound) ||
 		errors.Is(err, backend.ErrNotExist) || errors.Is(err, backend.ErrRange) || errors.Is(err, unix.EIO)
-}
-
-// fromCache serves what is kept from the window before.
-func (f *fetcher) fromCache(w *window, newSink func() sink) (map[int]bool, error) {
-	if f.kept == nil {
-		return nil, nil
-	}
-	served := map[int]bool{}
-	to := newSink()
-	for i, n := range w.needs {
-		plain, ok := f.kept.get(n.id)
-		if last := n.segs[len(n.segs)-1]; !ok || last.in+last.length > int64(len(plain)) {
-			continue
-		}
-		if err := to.blob(n.segs, plain); err != nil {
-			return nil, err
-		}
-		served[i] = true
-	}
-	return served, to.close()
 }
 
 // keptBytes is what a blobCache holds.

@@ -18,7 +18,7 @@ func (f *fixture) someLimits(standard limits) limits {
 	if f.rnd.IntN(3) == 0 {
 		return standard
 	}
-	return limits{segments: 2 + f.rnd.IntN(40), seams: 1 + f.rnd.IntN(4), bytes: 1 << (12 + f.rnd.IntN(10))}
+	return limits{segments: 2 + f.rnd.IntN(40), seams: 1 + f.rnd.IntN(4), bytes: 1 << (12 + f.rnd.IntN(10)), hold: f.rnd.IntN(1 << 18)}
 }
 
 func TestEveryLayerCountGivesTheModel(t *testing.T) {
@@ -82,7 +82,7 @@ func TestWindowsBeginAndEndAtWholeBlocksAndCoverEverythingOnce(t *testing.T) {
 	s := f.backup(1, kernel.Extent{Length: int64(len(f.image))})
 	c, err := openChain(t.Context(), f.store, s.device)
 	f.must(err)
-	for _, lim := range []limits{{1 << 20, 1, 1 << 40}, {2, 1 << 20, 1 << 40}, {1 << 20, 1 << 20, 300_000}, {1, 1, 1}} {
+	for _, lim := range []limits{{1 << 20, 1, 1 << 40, 0}, {2, 1 << 20, 1 << 40, 0}, {1 << 20, 1 << 20, 300_000, 0}, {1, 1, 1, 0}} {
 		pos, windows, split := int64(0), 0, 0
 		seen := map[repo.ID]int{}
 		b := &builder{lim: lim, size: c.size(), emit: func(w *window) error {
@@ -143,7 +143,7 @@ func TestABlobIsFetchedOnce(t *testing.T) {
 	if got := f.restore(Options{Device: s.device, Target: f.newFile()}).BytesFetched; got != want {
 		t.Errorf("%d bytes were fetched, the blobs have %d", got, want)
 	}
-	if got := f.restore(Options{Device: s.device, Target: f.newFile(), limits: limits{50, 2, 1 << 20}}).BytesFetched; got <= want {
+	if got := f.restore(Options{Device: s.device, Target: f.newFile(), limits: limits{50, 2, 1 << 20, 1 << 20}}).BytesFetched; got <= want {
 		t.Errorf("with small windows %d bytes were fetched, the blobs have %d: the windows were not small", got, want)
 	}
 }

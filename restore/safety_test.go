@@ -264,7 +264,7 @@ func TestCancellationEndsEverything(t *testing.T) {
 			}
 		})
 	}
-	small := limits{8, 2, 1 << 20}
+	small := limits{8, 2, 1 << 20, 0}
 	for _, n := range []int64{0, 1, 5 << 20} {
 		loop := f.loop(16 << 20)
 		for _, how := range []Changes{ChangesAll, ChangesCompare} {

@@ -16,12 +16,15 @@ type limits struct {
 	segments int   // and runs of zeros
 	seams    int   // borders of blobs inside of a block, 4 KiB each at worst
 	bytes    int64 // of data
+	hold     int   // bytes of scattered blobs, to be written along with others
 }
 
 // restoreLimits let a window be as large as memory allows: a blob whose blocks
 // lie scattered in it is fetched once. Its data are never held as a whole, so
 // that they need no limit.
-func restoreLimits() limits { return limits{segments: 1 << 17, seams: 1 << 13, bytes: 1 << 62} }
+func restoreLimits() limits {
+	return limits{segments: 1 << 17, seams: 1 << 13, bytes: 1 << 62, hold: 48 << 20}
+}
 
 // dumpLimits keep the data of a window in memory, to be put in order.
 func dumpLimits() limits { return limits{segments: 1 << 16, seams: 1 << 16, bytes: 24 << 20} }

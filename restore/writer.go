@@ -204,6 +204,8 @@ type batcher struct {
 	ctx context.Context //nolint:containedctx // of one fetch
 	w   *writer
 	b   *batch
+	// follow, if set, holds what may come right behind a segment.
+	follow *hold
 }
 
 func (b *batcher) blob(segs []segment, plain []byte) error {
@@ -211,6 +213,24 @@ func (b *batcher) blob(segs []segment, plain []byte) error {
 		if err := b.segment(s.off, plain[s.in:s.in+s.length]); err != nil {
 			return err
 		}
+		if err := b.followers(s.off + s.length); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// followers writes what is held from off on.
+func (b *batcher) followers(off int64) error {
+	for b.follow != nil {
+		data := b.follow.take(off)
+		if data == nil {
+			break
+		}
+		if err := b.put(off, data); err != nil {
+			return err
+		}
+		off += int64(len(data))
 	}
 	return nil
 }
