@@ -57,6 +57,8 @@ func differReason(was, is target) string {
 		return fmt.Sprintf("the partition %s moved from sector %d to %d", was.path(), was.start, is.start) + afresh
 	case was.sectors != is.sectors:
 		return fmt.Sprintf("%s changed its size from %d to %d bytes", was.path(), was.size(), is.size()) + afresh
+	case was.loopOffset != is.loopOffset:
+		return fmt.Sprintf("the loop device %s was moved in its file from byte %d to %d", was.path(), was.loopOffset, is.loopOffset) + afresh
 	}
 	return ""
 }

@@ -57,6 +57,7 @@ type state struct {
 
 	Dev, DiskDev            devnoRecord
 	DiskSeq, Start, Sectors uint64
+	LoopOffset              uint64
 	Name, Disk              [nameSize]byte
 	Started                 int64 // Unix time, ns
 
@@ -77,7 +78,7 @@ func newState(t target) state {
 		Magic: stateMagic, Version: stateVersion, Step: stepStarting,
 		UUID: kernel.NewUUID(), Epoch: 1, Started: time.Now().UnixNano(),
 		Dev: devnoRecord(t.dev.record()), DiskDev: devnoRecord(t.diskDev.record()),
-		DiskSeq: t.diskSeq, Start: t.start, Sectors: t.sectors,
+		DiskSeq: t.diskSeq, Start: t.start, Sectors: t.sectors, LoopOffset: t.loopOffset,
 	}
 	copy(s.Name[:], t.name)
 	copy(s.Disk[:], t.disk)
@@ -91,7 +92,7 @@ func (s *state) target() target {
 	return target{
 		name: cString(s.Name[:]), dev: s.Dev.devno(),
 		disk: cString(s.Disk[:]), diskDev: s.DiskDev.devno(),
-		diskSeq: s.DiskSeq, start: s.Start, sectors: s.Sectors,
+		diskSeq: s.DiskSeq, start: s.Start, sectors: s.Sectors, loopOffset: s.LoopOffset,
 	}
 }
 

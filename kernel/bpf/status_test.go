@@ -12,6 +12,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 )
@@ -135,6 +136,21 @@ func TestUnreliable(t *testing.T) {
 			run(t, "losetup", "-d", device)
 			run(t, "losetup", device, file)
 		}, "it was detached, or another medium came in"},
+		"LoopMoved": {func(t *testing.T, _ *Tracker, device, file string) {
+			// The file grows by as much, so that the size stays.
+			if err := os.Truncate(file, 8<<20+1<<20); err != nil {
+				t.Fatal(err)
+			}
+			f := openDevice(t, device, os.O_RDWR)
+			info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			info.Offset = 1 << 20
+			if err := unix.IoctlLoopSetStatus64(int(f.Fd()), info); err != nil {
+				t.Fatal(err)
+			}
+		}, "was moved in its file from byte 0 to 1048576"},
 		"LinkRemoved": {func(t *testing.T, tr *Tracker, _, _ string) {
 			remove(t, filepath.Join(tr.dir, "link_rq_issue_1"))
 		}, "its tracing link rq_issue_1 is gone"},

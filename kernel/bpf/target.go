@@ -35,6 +35,10 @@ type target struct {
 	diskSeq uint64 // rises whenever a device number gets another medium
 	start   uint64 // first sector on the disk
 	sectors uint64
+
+	// loopOffset is where a loop device begins in its file, in bytes. Moving
+	// it changes the content without a write.
+	loopOffset uint64
 }
 
 func (t target) size() int64   { return int64(t.sectors) * sectorSize }
@@ -92,6 +96,11 @@ func describe(dev devno) (target, error) {
 	}
 	if t.diskSeq, err = readNumber(filepath.Join(diskDir, "diskseq")); err != nil {
 		return target{}, err
+	}
+	if offset := filepath.Join(diskDir, "loop", "offset"); exists(offset) {
+		if t.loopOffset, err = readNumber(offset); err != nil {
+			return target{}, err
+		}
 	}
 	return t, nil
 }
