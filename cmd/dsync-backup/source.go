@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -60,12 +61,10 @@ func openSource(ctx context.Context, g *globals, f *backupFlags, p *progress, pa
 		d.Close()
 		s.device, err = device.Open(path, device.Options{Exclusive: true})
 		s.instant = snapshot.Still(snapshot.PointInTimeUnmounted)
-	case len(use.Swaps)+len(use.Claimed) > 0:
-		err = fmt.Errorf("%s is in use (%v), which cannot be frozen: stop that, or say --snapshot none for a copy that is no point in time", path, use)
-	case !use.ReadWrite() && len(use.Mounts) > 0:
-		s.instant = snapshot.Still(snapshot.PointInTimeReadOnly)
-	case len(use.Mounts) == 0:
-		err = fmt.Errorf("%s is in use (%v) but holds no mounted file system to freeze: say --snapshot none for a copy that is no point in time", path, use)
+	case len(use.Mounts) == 0 || use.CheckFreezable() != nil:
+		err = fmt.Errorf("%s is in use by what cannot be frozen (%v): stop that, or say --snapshot none for a copy that is no point in time", path, use)
+	case !use.ReadWrite() && len(use.Swaps) == 0:
+		s.instant = readOnly(path)
 	case f.snapshot == "auto":
 		err = fmt.Errorf("%s is mounted read-write (%v): say --snapshot freeze for a point in time, or --snapshot none", path, use)
 	default:
@@ -79,6 +78,25 @@ func openSource(ctx context.Context, g *globals, f *backupFlags, p *progress, pa
 		s.close = fr.close
 	}
 	return s, nil
+}
+
+// readOnly is the Instant of a device whose file systems are all mounted
+// read-only.
+type readOnly string
+
+// Kind implements snapshot.Instant.
+func (readOnly) Kind() snapshot.PointInTime { return snapshot.PointInTimeReadOnly }
+
+// Begin implements snapshot.Instant.
+func (readOnly) Begin(ctx context.Context) (context.Context, error) { return ctx, nil }
+
+// End implements snapshot.Instant: it looks whether they still are.
+func (r readOnly) End() (time.Duration, error) {
+	use, err := device.InUse(string(r))
+	if err == nil && use.ReadWrite() {
+		err = fmt.Errorf("%s was remounted read-write while it was read (%v): back it up again with --snapshot freeze", string(r), use)
+	}
+	return 0, err
 }
 
 // frozen is the Instant of frozen file systems.
@@ -137,11 +155,11 @@ func (f *frozen) Begin(ctx context.Context) (context.Context, error) {
 		return nil, err // nothing is frozen
 	}
 	f.begun = true
-	now, err := device.Mounts(f.path)
+	now, err := device.InUse(f.path)
 	if err != nil {
 		return nil, err
 	}
-	if err := f.freezer.Covers(now); err != nil {
+	if err := errors.Join(now.CheckFreezable(), f.freezer.Covers(now.Mounts)); err != nil {
 		return nil, err
 	}
 	ctx, f.cancel = f.freezer.WithContext(ctx)
