@@ -81,8 +81,17 @@ func testBeyond(t *testing.T, s Store) {
 		length int
 		offset int64
 	}{
-		{full, 1001, 0}, {full, 1, 1000}, {full, 2, 999}, {full, 1, 5000}, {full, 0, 1001}, {full, 500, 501},
-		{full, 1, -1}, {full, -1, 0}, {full, 10, 1<<62 - 5}, {empty, 1, 0}, {empty, 0, 1},
+		{full, 1001, 0},
+		{full, 1, 1000},
+		{full, 2, 999},
+		{full, 1, 5000},
+		{full, 0, 1001},
+		{full, 500, 501},
+		{full, 1, -1},
+		{full, -1, 0},
+		{full, 10, 1<<62 - 5},
+		{empty, 1, 0},
+		{empty, 0, 1},
 	} {
 		called := false
 		err := be.Load(context.Background(), c.h, c.length, c.offset, func(io.Reader) error {

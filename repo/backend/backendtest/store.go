@@ -201,9 +201,14 @@ func testBadNames(t *testing.T, s Store) {
 	be := created(t, s)
 	good := strings.Repeat("ab", 32)
 	for _, h := range []backend.Handle{
-		{}, {Type: 99, Name: good}, {Type: backend.ConfigFile, Name: good}, {Type: backend.PackFile},
-		{Type: backend.PackFile, Name: "../" + good[3:]}, {Type: backend.KeyFile, Name: good + "0"},
-		{Type: backend.LockFile, Name: strings.ToUpper(good)}, {Type: backend.IndexFile, Name: good[:63] + "/"},
+		{},
+		{Type: 99, Name: good},
+		{Type: backend.ConfigFile, Name: good},
+		{Type: backend.PackFile},
+		{Type: backend.PackFile, Name: "../" + good[3:]},
+		{Type: backend.KeyFile, Name: good + "0"},
+		{Type: backend.LockFile, Name: strings.ToUpper(good)},
+		{Type: backend.IndexFile, Name: good[:63] + "/"},
 	} {
 		for name, call := range calls {
 			if name != "list" {

@@ -77,7 +77,7 @@ func noCredentials() error {
 	if !named() {
 		return permanentf("find S3 credentials: none found, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (or -o s3.unsafe-anonymous-auth=true for a public store)")
 	}
-	_, err := (&credentials.FileAWSCredentials{}).Retrieve()
+	_, err := (&credentials.FileAWSCredentials{}).RetrieveWithCredContext(nil)
 	if err == nil {
 		err = errors.New("there is no key in it")
 	}
