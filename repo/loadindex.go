@@ -10,8 +10,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -40,7 +40,8 @@ const (
 
 // LoadIndex makes lookups answer from the index files that the store lists
 // now. Those that the cache has a table of are not read again. Call it after
-// taking the lock and after listing the snapshots; it may be called again.
+// taking the lock and after listing the snapshots, since a snapshot is written
+// after its index; it may be called again.
 func (r *Repository) LoadIndex(ctx context.Context) error {
 	r.loadMu.Lock()
 	defer r.loadMu.Unlock()
@@ -84,13 +85,10 @@ func markCovered(wanted map[ID]bool, t *openTable) {
 // something and not in use yet, and drops those that are good for nothing.
 func (r *Repository) openCachedTables(wanted map[ID]bool, isListed func(ID) bool, inUse map[string]bool) (tables []*openTable) {
 	names := r.cache.list(indexFolder)
-	// Merged tables first: they stand for many.
-	slices.SortFunc(names, func(a, b string) int {
-		return strings.Compare(strings.TrimPrefix(b, mergedPrefix), strings.TrimPrefix(a, mergedPrefix))
-	})
-	slices.SortStableFunc(names, func(a, b string) int {
-		return boolCompare(strings.HasPrefix(b, mergedPrefix), strings.HasPrefix(a, mergedPrefix))
-	})
+	// Merged tables first: they stand for many. Their names sort behind all
+	// others, which are hex.
+	slices.Sort(names)
+	slices.Reverse(names)
 	for _, base := range names {
 		name := indexFolder + "/" + base
 		if inUse[name] {
@@ -116,16 +114,6 @@ func (r *Repository) openCachedTables(wanted map[ID]bool, isListed func(ID) bool
 	return tables
 }
 
-func boolCompare(a, b bool) int {
-	switch {
-	case a == b:
-		return 0
-	case b:
-		return -1
-	}
-	return 1
-}
-
 // convertAll makes tables of the index files that have none.
 func (r *Repository) convertAll(ctx context.Context, wanted map[ID]bool) ([]*openTable, error) {
 	var (
@@ -133,7 +121,7 @@ func (r *Repository) convertAll(ctx context.Context, wanted map[ID]bool) ([]*ope
 		tables []*openTable
 	)
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(min(convertersMax, max(1, r.be.Connections())))
+	g.SetLimit(min(convertersMax, runtime.GOMAXPROCS(0), max(1, r.be.Connections())))
 	for id, missing := range wanted {
 		if !missing {
 			continue

@@ -185,8 +185,9 @@ func (r *Repository) DeferCache(on bool) {
 	}
 }
 
-// Close lets go of the local files. It leaves the backend open, since the
-// caller opened it.
+// Close lets go of the local files, after it has written what DeferCache held
+// back: not while the cache's file system is frozen. It leaves the backend open,
+// since the caller opened it.
 func (r *Repository) Close() error {
 	r.DeferCache(false)
 	return r.tables.close()

@@ -119,6 +119,9 @@ func (r *Repository) ListSnapshots(ctx context.Context, fn func(ID, *Snapshot, e
 	for _, f := range files {
 		g.Go(func() error {
 			s, err := r.LoadSnapshot(ctx, f.id)
+			if errors.Is(err, backend.ErrNotExist) {
+				return nil // removed since it was listed
+			}
 			mu.Lock()
 			defer mu.Unlock()
 			if ctx.Err() != nil {

@@ -217,67 +217,6 @@ func TestBlobsThatShareAPrefixAreFoundAcrossPages(t *testing.T) {
 	m.check(t, open(t, buildTable(t, pack.ID{9}, packs)))
 }
 
-func TestOnlyListedIndexFilesCountInAMergedTable(t *testing.T) {
-	rng := newRand(t)
-	packs := map[pack.ID][]Pack{}
-	var tables []*Table
-	for i := range 12 {
-		id := pack.ID{byte(i + 1)}
-		packs[id] = randomPacks(rng, rng.IntN(20), 30)
-		tables = append(tables, open(t, buildTable(t, id, packs[id])))
-	}
-	merge := func(tables []*Table) *Table {
-		var buf bytes.Buffer
-		if err := MergeTables(&buf, tables); err != nil {
-			t.Fatal(err)
-		}
-		return open(t, buf.Bytes())
-	}
-	check := func(table *Table, gone func(pack.ID) bool) {
-		t.Helper()
-		m := model{}
-		for id, p := range packs {
-			if !gone(id) {
-				m.add(p)
-			}
-		}
-		m.check(t, table)
-	}
-	none := func(pack.ID) bool { return false }
-	odd := func(id pack.ID) bool { return id[0]%2 == 1 }
-	merged := merge(tables)
-	check(merged, none)
-
-	if live := merged.Retain(func(id pack.ID) bool { return !odd(id) }); live != 6 {
-		t.Errorf("%d index files are live, want 6", live)
-	}
-	check(merged, odd)
-
-	// What is merged again loses what is gone for good.
-	for _, id := range slices.Collect(mapKeys(packs)) {
-		if odd(id) {
-			delete(packs, id)
-		}
-	}
-	extra := pack.ID{100}
-	packs[extra] = randomPacks(rng, 5, 30)
-	again := merge([]*Table{merged, open(t, buildTable(t, extra, packs[extra]))})
-	check(again, none)
-	if n := len(again.sources); n != 7 {
-		t.Errorf("%d index files in the merged table, want 7", n)
-	}
-}
-
-func mapKeys[K comparable, V any](m map[K]V) func(func(K) bool) {
-	return func(yield func(K) bool) {
-		for k := range m {
-			if !yield(k) {
-				return
-			}
-		}
-	}
-}
-
 func TestEveryDamagedPageIsNoticed(t *testing.T) {
 	packs := randomPacks(newRand(t), 150, 20)
 	data := buildTable(t, pack.ID{9}, packs)
@@ -350,69 +289,6 @@ func TestTableFormatIsThatOfTheGoldenFile(t *testing.T) {
 	m := model{}
 	m.add(goldenPacks())
 	m.check(t, open(t, golden))
-}
-
-// FuzzTable opens what looks like a table: checksums are mended first, so that
-// what lies behind them is reached.
-func FuzzTable(f *testing.F) {
-	golden, err := os.ReadFile(filepath.Join("testdata", "table-v1.golden"))
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(golden, 16, uint64(5))
-	f.Add(golden, 2*pageSize+32, ^uint64(0))
-	f.Add(golden[:pageSize], 24, uint64(1)<<40)
-	want := pack.Handle{Type: pack.DataBlob, ID: goldenPacks()[1].Blobs[0].ID}
-	f.Fuzz(func(t *testing.T, data []byte, at int, value uint64) {
-		data = bytes.Clone(data)
-		if at >= 0 && at <= len(data)-8 {
-			binary.LittleEndian.PutUint64(data[at:], value)
-		}
-		for p := range len(data) / pageSize {
-			(*page)(data[p*pageSize:]).seal(int64(p))
-		}
-		table, err := OpenTable(bytes.NewReader(data), int64(len(data)))
-		if err == nil {
-			_, err = table.Find(nil, want, false)
-		}
-		if err == nil {
-			err = table.Each(func(pack.Handle, Location) error { return nil })
-		}
-		if err == nil {
-			err = MergeTables(&bytes.Buffer{}, []*Table{table, table})
-		}
-		if err != nil && !errors.Is(err, ErrDamaged) {
-			t.Errorf("not ErrDamaged: %v", err)
-		}
-	})
-}
-
-func FuzzFile(f *testing.F) {
-	data, err := Encode(goldenPacks())
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(data)
-	f.Fuzz(func(t *testing.T, data []byte) {
-		packs, err := Decode(data)
-		if err != nil {
-			if !errors.Is(err, ErrDamaged) {
-				t.Errorf("not ErrDamaged: %v", err)
-			}
-			return
-		}
-		again, err := Encode(packs)
-		if err != nil {
-			t.Fatal(err)
-		}
-		packs2, err := Decode(again)
-		if err != nil || fmt.Sprint(packs2) != fmt.Sprint(packs) {
-			t.Errorf("%v became %v, %v", packs, packs2, err)
-		}
-		if err := WriteTable(&bytes.Buffer{}, pack.ID{}, packs); err != nil {
-			t.Error(err)
-		}
-	})
 }
 
 // BenchmarkFind looks up blobs that are not there, as most are in a backup, in
