@@ -121,10 +121,10 @@ func (d *dump) stage(ctx context.Context, w *window) error {
 		return context.Cause(ctx)
 	}
 	if int64(cap(s.data)) < w.bytes {
-		s.data = make([]byte, w.bytes)
+		s.data = make([]byte, max(w.bytes, d.limits.bytes))
 	}
 	s.data = s.data[:w.bytes]
-	if err := d.fetch.fetch(ctx, w, d.notKept(s.data), func() sink { return stager(s.data) }); err != nil {
+	if err := d.fetch.fetch(ctx, w, w.needs, d.notKept(s.data), func() sink { return stager(s.data) }); err != nil {
 		return err
 	}
 	select {

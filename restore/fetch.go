@@ -58,10 +58,10 @@ type batchOf struct {
 	bytes int64
 }
 
-// fetch loads each blob of the window that is picked once and hands it to the
-// sink of the goroutine that did.
-func (f *fetcher) fetch(ctx context.Context, w *window, pick func(*need) bool, newSink func() sink) error {
-	packs, err := f.group(w, pick)
+// fetch loads each of the window's needs that is picked once and hands it to
+// the sink of the goroutine that did.
+func (f *fetcher) fetch(ctx context.Context, w *window, needs []need, pick func(*need) bool, newSink func() sink) error {
+	packs, err := f.group(needs, pick)
 	if err != nil {
 		return err
 	}
@@ -75,11 +75,11 @@ func (f *fetcher) fetch(ctx context.Context, w *window, pick func(*need) bool, n
 
 // group looks for each blob in a pack that is needed anyway, else in any. The
 // packs are in the order of the device.
-func (f *fetcher) group(w *window, pick func(*need) bool) ([]*batchOf, error) {
+func (f *fetcher) group(needs []need, pick func(*need) bool) ([]*batchOf, error) {
 	byPack := map[repo.ID]*batchOf{}
 	var packs []*batchOf
-	for i := range w.needs {
-		n := &w.needs[i]
+	for i := range needs {
+		n := &needs[i]
 		if !pick(n) {
 			continue
 		}
@@ -170,7 +170,7 @@ func isDamage(err error) bool {
 }
 
 // keptBytes is what a blobCache holds.
-const keptBytes = 32 << 20
+const keptBytes = 24 << 20
 
 // blobCache keeps the blobs that were put last.
 type blobCache struct {

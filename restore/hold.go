@@ -3,17 +3,23 @@
 package restore
 
 import (
-	"maps"
+	"context"
 	"slices"
 	"sync"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 )
 
-// hold keeps blocks of blobs that are scattered over a window until the blocks
-// before them are written, so that both are one write: else a few thousand
-// small changes would cut a device's long runs into as many small writes. It
-// is filled before the other blobs of the window are fetched.
+// sliceBytes is how much of a window is written at a time, in the order of
+// the device.
+const sliceBytes = 64 << 20
+
+// hold keeps blocks of blobs that are scattered over the device until the
+// blocks before them are written, so that both are one write: else a few
+// thousand small changes would cut a device's long runs into as many small
+// writes.
 type hold struct {
 	mu     sync.Mutex
 	pieces map[int64][]byte // by offset; whole blocks
@@ -54,11 +60,23 @@ func (h *hold) take(off int64) []byte {
 	return data
 }
 
-// offsets lists what is left, in device order.
-func (h *hold) offsets() []int64 {
+// before gives up all that begins before end, in device order.
+func (h *hold) before(end int64, fn func(off int64, data []byte) error) error {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	return slices.Sorted(maps.Keys(h.pieces))
+	var offsets []int64
+	for off := range h.pieces {
+		if off < end {
+			offsets = append(offsets, off)
+		}
+	}
+	h.mu.Unlock()
+	slices.Sort(offsets)
+	for _, off := range offsets {
+		if err := fn(off, h.take(off)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // holder is a sink that holds what it can, and passes on the rest.
@@ -78,4 +96,58 @@ func (h holder) blob(segs []segment, plain []byte) error {
 		}
 	}
 	return nil
+}
+
+// writeBlobs fetches and writes the data of a window. It goes through the
+// blobs in the order in which the device needs them first: of every slice,
+// what is scattered is fetched before the rest, as far as it can be held.
+func (r *restore) writeBlobs(ctx context.Context, w *window) error {
+	h := &hold{pieces: map[int64][]byte{}, limit: r.limits.hold}
+	cuts := w.slices()
+	for i := -1; i < len(cuts); i++ {
+		g, ctx := errgroup.WithContext(ctx)
+		end := w.runs[len(w.runs)-1].End()
+		if i+1 < len(cuts) {
+			next := cuts[i+1]
+			end = next[0].segs[0].off
+			g.Go(func() error {
+				return r.fetch.fetch(ctx, w, next, scattered, func() sink { return holder{&batcher{ctx: ctx, w: r.w}, h} })
+			})
+		}
+		g.Go(func() error {
+			if i >= 0 {
+				err := r.fetch.fetch(ctx, w, cuts[i], dense, func() sink { return &batcher{ctx: ctx, w: r.w, follow: h} })
+				if err != nil {
+					return err
+				}
+			}
+			rest := &batcher{ctx: ctx, w: r.w}
+			if err := h.before(end, rest.put); err != nil {
+				return err
+			}
+			return rest.close()
+		})
+		if err := g.Wait(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func dense(n *need) bool { return !scattered(n) }
+
+// slices cuts the needs, which are in the order of the device, into stretches
+// of about sliceBytes.
+func (w *window) slices() (out [][]need) {
+	from, sum := 0, int64(0)
+	for i, n := range w.needs {
+		for _, s := range n.segs {
+			sum += s.length
+		}
+		if sum >= sliceBytes || i == len(w.needs)-1 {
+			out = append(out, w.needs[from:i+1])
+			from, sum = i+1, 0
+		}
+	}
+	return out
 }

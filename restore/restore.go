@@ -262,7 +262,7 @@ func (r *restore) execute(ctx context.Context, w *window) error {
 		}
 		return nil
 	})
-	g.Go(func() error { return r.blobs(ctx, w) })
+	g.Go(func() error { return r.writeBlobs(ctx, w) })
 	if err := g.Wait(); err != nil {
 		return err
 	}
@@ -271,29 +271,6 @@ func (r *restore) execute(ctx context.Context, w *window) error {
 		r.lose(e, fmt.Errorf("a part of it is missing: %w", layer.ErrDamaged))
 	}
 	return nil
-}
-
-// blobs fetches and writes the data of a window: what is scattered first, as
-// far as it can be held, to be written along with the rest.
-func (r *restore) blobs(ctx context.Context, w *window) error {
-	h := &hold{pieces: map[int64][]byte{}, limit: r.limits.hold}
-	err := r.fetch.fetch(ctx, w, scattered, func() sink { return holder{&batcher{ctx: ctx, w: r.w}, h} })
-	if err != nil {
-		return err
-	}
-	err = r.fetch.fetch(ctx, w, func(n *need) bool { return !scattered(n) }, func() sink {
-		return &batcher{ctx: ctx, w: r.w, follow: h}
-	})
-	if err != nil {
-		return err
-	}
-	rest := &batcher{ctx: ctx, w: r.w}
-	for _, off := range h.offsets() {
-		if err := rest.put(off, h.take(off)); err != nil {
-			return err
-		}
-	}
-	return rest.close()
 }
 
 // lost notes a blob that cannot be had. The rest goes on.

@@ -23,11 +23,11 @@ type limits struct {
 // lie scattered in it is fetched once. Its data are never held as a whole, so
 // that they need no limit.
 func restoreLimits() limits {
-	return limits{segments: 1 << 17, seams: 1 << 13, bytes: 1 << 62, hold: 48 << 20}
+	return limits{segments: 1 << 17, seams: 1 << 13, bytes: 1 << 62, hold: 24 << 20}
 }
 
 // dumpLimits keep the data of a window in memory, to be put in order.
-func dumpLimits() limits { return limits{segments: 1 << 16, seams: 1 << 16, bytes: 24 << 20} }
+func dumpLimits() limits { return limits{segments: 1 << 16, seams: 1 << 16, bytes: 16 << 20} }
 
 // need is a blob and what it is needed for, in device order.
 type need struct {
