@@ -137,7 +137,7 @@ func (w *watchdog) hold() int {
 	w.thawAll(&why)
 	w.report(why)
 	if done != nil {
-		_ = <-done // a freeze that is still under way thaws as soon as it is done
+		<-done //nolint:errcheck // a freeze that is still under way thaws as soon as it is done
 	}
 	if why.Ended != endedThaw {
 		return 1
