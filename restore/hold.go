@@ -14,7 +14,7 @@ import (
 
 // sliceBytes is how much of a window is written at a time, in the order of
 // the device.
-const sliceBytes = 64 << 20
+const sliceBytes = 32 << 20
 
 // hold keeps blocks of blobs that are scattered over the device until the
 // blocks before them are written, so that both are one write: else a few

@@ -92,7 +92,7 @@ type restore struct {
 // [DamageError] names the ranges), a [DifferError]. Only one that is
 // [ErrIncomplete] comes after the target was touched, or a DifferError. Damage
 // that only reading shows does not end the restore: the rest is written, and
-// the damaged ranges keep what the target held.
+// the damaged ranges keep what the target held (in an emptied file: zeros).
 func Restore(ctx context.Context, store snapshot.Store, o Options) (_ *Result, err error) {
 	started := time.Now()
 	r := &restore{Options: o}

@@ -94,14 +94,14 @@ func apart(path, repository string) error {
 	if err != nil {
 		return nil //nolint:nilerr // no local directory
 	}
-	real, err := filepath.EvalSymlinks(path)
+	resolved, err := filepath.EvalSymlinks(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		real, err = filepath.EvalSymlinks(filepath.Dir(path))
+		resolved, err = filepath.EvalSymlinks(filepath.Dir(path))
 	}
 	if err != nil {
 		return fmt.Errorf("look at target: %w", err)
 	}
-	if real == dir || strings.HasPrefix(real, dir+"/") {
+	if resolved == dir || strings.HasPrefix(resolved, dir+"/") {
 		return fmt.Errorf("%w: %s lies inside of the repository that it would be restored from", device.ErrInUse, path)
 	}
 	return nil
