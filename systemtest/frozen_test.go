@@ -107,8 +107,8 @@ func TestAMountedDeviceNeedsAChoice(t *testing.T) {
 func TestAFreezeThatTakesTooLongThawsAndLosesNothing(t *testing.T) {
 	e := lightEnv(t)
 	c := newContent(random(t), false)
-	d := frozenDisk(t, e, c, 192<<20)
-	fillFile(t, filepath.Join(d.mnt, "new"), c, 48<<20)
+	d := frozenDisk(t, e, c, 128<<20)
+	fillFile(t, filepath.Join(d.mnt, "new"), c, 32<<20)
 	e.fails(1, "freeze took too long: more than 1s", "backup", d.path, "--snapshot", "freeze", "--max-freeze", "1s", "--limit-upload", "1024", "--pack-size", "4")
 	if n := len(e.files("snapshots")); n != 1 {
 		t.Errorf("%d snapshots, want 1", n)
@@ -139,7 +139,7 @@ func TestARepositoryOnTheFrozenFileSystemIsRefused(t *testing.T) {
 func TestStateCacheAndOutputMayLieOnTheFrozenFileSystem(t *testing.T) {
 	outside := lightEnv(t)
 	c := newContent(random(t), false)
-	d := newDisk(t, 256<<20)
+	d := newDisk(t, 128<<20)
 	d.mkfs("ext4")
 	on := func(name string) string { return filepath.Join(d.mnt, name) }
 	e := *outside
@@ -154,7 +154,7 @@ func TestStateCacheAndOutputMayLieOnTheFrozenFileSystem(t *testing.T) {
 		t.Fatal("nothing was written to the state directory")
 	}
 	for i, flags := range [][]string{{"--json"}, {"-v", "-v"}, {"--json", "-v", "-v"}} {
-		fillFile(t, on("new"), c, 24<<20)
+		fillFile(t, on("new"), c, 16<<20)
 		out, err := os.Create(on("output"))
 		if err != nil {
 			t.Fatal(err)
@@ -191,7 +191,7 @@ func TestStateCacheAndOutputMayLieOnTheFrozenFileSystem(t *testing.T) {
 		e.consistent()
 	}
 	// By a pipe to a process that cannot write, its output there included.
-	fillFile(t, on("new"), c, 24<<20)
+	fillFile(t, on("new"), c, 16<<20)
 	e.pipedTo(d, on("piped"))
 	e.consistent()
 	d.writable()

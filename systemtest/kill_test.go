@@ -198,33 +198,44 @@ func TestAKilledBackupLeavesNothingFrozenAndLosesNothing(t *testing.T) {
 	}
 }
 
-func TestABackupWhoseWatchdogIsKilledThawsAndFails(t *testing.T) {
+func TestASignalDuringTheFreezeThawsAndFails(t *testing.T) {
 	k := startKillRounds(t)
-	for i, when := range []string{"Freeze", "Stopped"} {
+	for i, c := range []struct {
+		name     string
+		watchdog bool // else the backup itself
+		signal   syscall.Signal
+		code     int
+		says     string
+	}{
+		{"WatchdogKilled", true, syscall.SIGKILL, 1, "watchdog ended early"},
+		{"WatchdogTerminated", true, syscall.SIGTERM, 1, "watchdog ended early: it was terminated"},
+		{"Interrupted", false, syscall.SIGINT, 130, "interrupted"},
+	} {
 		k.change()
 		w := k.d.busyWriter(k.r.Uint64())
 		before := len(k.files("snapshots"))
 		b := k.start(append(killBackup, k.d.path)...)
 		if !k.inFreeze(b) {
-			t.Fatalf("%s: no freeze: %+v", when, b.result())
+			t.Fatalf("%s: no freeze: %+v", c.name, b.result())
 		}
 		pids := watchdogs(t)
 		if len(pids) != 1 {
-			t.Fatalf("%s: watchdogs %v during a freeze, want one", when, pids)
+			t.Fatalf("%s: watchdogs %v during a freeze, want one", c.name, pids)
 		}
-		if when == "Stopped" { // it could not have kept a deadline either
-			if err := syscall.Kill(pids[0], syscall.SIGSTOP); err != nil {
-				t.Fatal(err)
-			}
+		if !c.watchdog {
+			pids[0] = b.cmd.Process.Pid
 		}
-		if err := syscall.Kill(pids[0], syscall.SIGKILL); err != nil {
+		if err := syscall.Kill(pids[0], c.signal); err != nil {
 			t.Fatal(err)
 		}
-		said(t, b.result(), true, false, 1, "watchdog ended early")
+		said(t, b.result(), true, false, c.code, c.says)
 		if n := len(k.files("snapshots")); n != before {
-			t.Errorf("%s: a snapshot was saved all the same", when)
+			t.Errorf("%s: a snapshot was saved all the same", c.name)
 		}
 		k.thaws(w)
+		if locks := k.files("locks"); len(locks) > 0 {
+			t.Errorf("%s: locks are left: %v", c.name, locks)
+		}
 		k.goesOn(i)
 	}
 	k.check()

@@ -190,7 +190,7 @@ func TestAFullDiskFailsTheBackupAndLosesNothing(t *testing.T) {
 	e := newEnv(t, filepath.Join(small.mnt, "repo"))
 	e.initLight()
 	c := newContent(random(t), false)
-	d := newDisk(t, 256<<20)
+	d := newDisk(t, 160<<20)
 	f := direct(t, d.path)
 	fillRange(t, f, c, 0, 8<<20)
 	d.track(e)
@@ -244,12 +244,12 @@ func TestAStoreThatGoesAwayInMidBackup(t *testing.T) {
 	s.Setenv(t)
 	e.initLight()
 	c := newContent(random(t), false)
-	d := newDisk(t, 256<<20)
+	d := newDisk(t, 160<<20)
 	f := direct(t, d.path)
 	fillRange(t, f, c, 0, 8<<20)
 	d.track(e)
 	e.backup(d.path)
-	fillRange(t, f, c, 4<<20, 40<<20)
+	fillRange(t, f, c, 4<<20, 24<<20)
 
 	t.Run("ServerStops", func(t *testing.T) {
 		before := objects(t, s, "backups", "repo/data/")
@@ -268,7 +268,7 @@ func TestAStoreThatGoesAwayInMidBackup(t *testing.T) {
 		e.check()
 	})
 	t.Run("ServerComesBack", func(t *testing.T) {
-		fillRange(t, f, c, 64<<20, 24<<20)
+		fillRange(t, f, c, 64<<20, 16<<20)
 		before := objects(t, s, "backups", "repo/data/")
 		b := e.start("--limit-upload", "4096", "--pack-size", "4", "-q", "backup", d.path)
 		b.until(t, "the first packs are stored", func() bool { return objects(t, s, "backups", "repo/data/") > before })
@@ -281,7 +281,7 @@ func TestAStoreThatGoesAwayInMidBackup(t *testing.T) {
 		e.check()
 	})
 	t.Run("BucketRemoved", func(t *testing.T) {
-		fillRange(t, f, c, 100<<20, 32<<20)
+		fillRange(t, f, c, 100<<20, 24<<20)
 		before := objects(t, s, "backups", "repo/data/")
 		b := e.start(append(slowly, "--json", "backup", d.path)...)
 		b.until(t, "the first packs are stored", func() bool { return objects(t, s, "backups", "repo/data/") > before })
@@ -320,7 +320,7 @@ func TestAnInterruptedBackupUnlocksAndLosesNothing(t *testing.T) {
 	d.track(e)
 	e.backup(d.path)
 	for i, how := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
-		fillRange(t, f, c, int64(i)*48<<20, 32<<20)
+		fillRange(t, f, c, int64(i)*32<<20, 24<<20)
 		before := len(e.files("data"))
 		args := append([]string{"-q", "backup", d.path}, slowly...)
 		if i == 1 {
@@ -345,7 +345,7 @@ func TestAnInterruptedBackupUnlocksAndLosesNothing(t *testing.T) {
 		same(t, d.file, e.restored("latest"))
 	}
 	// restic's unlock asks a lock's process by SIGHUP whether it is there.
-	fillRange(t, f, c, 96<<20, 16<<20)
+	fillRange(t, f, c, 96<<20, 12<<20)
 	b := e.start(append([]string{"-q", "backup", d.path}, slowly...)...)
 	b.until(t, "the lock is there", func() bool { return len(e.files("locks")) > 0 })
 	e.restic("0.18", "unlock")
