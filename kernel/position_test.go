@@ -34,7 +34,8 @@ func TestPositionRejectsBadText(t *testing.T) {
 }
 
 func TestNewNamesDiffer(t *testing.T) {
-	if NewUUID() == NewUUID() || NewNonce() == NewNonce() {
+	u, n := NewUUID(), NewNonce()
+	if u == NewUUID() || n == NewNonce() {
 		t.Fatal("drew the same name twice")
 	}
 	if NewUUID() == (UUID{}) || !(Position{}).IsZero() || (Position{Epoch: 1}).IsZero() {

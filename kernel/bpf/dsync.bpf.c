@@ -309,8 +309,12 @@ __inline int on_complete(struct request *rq, __u32 error, __u32 nr_bytes, __u32 
 		return 0;
 	mark_request(rq, op, &span);
 	was = bpf_map_lookup_elem(&inflight, &key);
-	if (!was) {
-		/* Issued before the start, or unseen: then something is missed. */
+	if (!was || was->done & (1 << copy)) {
+		/*
+		 * Issued before the start, or unseen: then something is missed.
+		 * (An entry that this copy is done with is of an earlier write:
+		 * another copy was skipped when that completed.)
+		 */
 		calm = bpf_map_lookup_elem(&settled, &zero);
 		if (calm && *calm && !error && tracked(span.start, span.end))
 			raise(F_STRANGER);
