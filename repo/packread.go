@@ -61,14 +61,12 @@ type packReader struct {
 // function again after a failure: it then skips what fn has seen.
 func (p *packReader) readSpan(ctx context.Context, blobs []BlobLocation) error {
 	// fn's error must not look like one of the store, which would be retried.
-	loadCtx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	var fnErr error
 	done := 0
 	start := int64(blobs[0].Offset)
 	last := blobs[len(blobs)-1]
 	length := int64(last.Offset) + int64(last.Length) - start
-	err := p.repo.be.Load(loadCtx, packHandle(p.id), int(length), start, func(rd io.Reader) error {
+	err := p.repo.be.Load(ctx, packHandle(p.id), int(length), start, func(rd io.Reader) error {
 		at := start
 		for done < len(blobs) && fnErr == nil {
 			b := blobs[done]
@@ -81,9 +79,7 @@ func (p *packReader) readSpan(ctx context.Context, blobs []BlobLocation) error {
 			}
 			at = int64(b.Offset) + int64(b.Length)
 			done++
-			if fnErr = p.deliver(ctx, b); fnErr != nil {
-				cancel()
-			}
+			fnErr = p.deliver(ctx, b)
 		}
 		return nil
 	})

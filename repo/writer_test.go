@@ -298,6 +298,35 @@ func TestCancelledWriterFailsForGood(t *testing.T) {
 	}
 }
 
+// A blob that one call gave up on may have been called known to another: the
+// writer must not pretend that all is well.
+func TestAGivenUpSaveFailsTheWriter(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "repo")
+	be := faulty.New(openLocal(t, dir))
+	r, err := Init(t.Context(), be, testPassword, Options{PackSize: MinPackSize, Compression: CompressionOff, KDF: lightKDF})
+	if err != nil {
+		t.Fatal(err)
+	}
+	be.Inject(faulty.Rule{Ops: faulty.Save, Delay: time.Second})
+	w := r.NewWriter(t.Context(), WriterOptions{})
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(100*time.Millisecond, cancel)
+	data := make([]byte, 3<<20)
+	for i := 0; err == nil; i++ { // until there is no memory for more packs
+		if i == 10_000 {
+			t.Fatal("the packs that wait for the store have no limit")
+		}
+		data[0], data[1] = byte(i), byte(i>>8)
+		_, err = w.SaveBlob(ctx, KindData, data)
+	}
+	if !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if err := w.Flush(t.Context()); !errors.Is(err, context.Canceled) {
+		t.Errorf("flush after a save that was given up: %v", err)
+	}
+}
+
 func TestVersion1IsReadAndNotWritten(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "repo")
 	stockRestics(t)[1].run(t, dir, "init", "--repository-version", "1")

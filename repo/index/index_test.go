@@ -254,9 +254,9 @@ func TestEveryDamagedPageIsNoticed(t *testing.T) {
 			t.Errorf("cut to %d bytes: %v", n, err)
 		}
 	}
-	swapped := bytes.Clone(data)
-	copy(swapped[3*pageSize:], data[4*pageSize:5*pageSize])
-	copy(swapped[4*pageSize:], data[3*pageSize:4*pageSize])
+	swapped := bytes.Clone(data) // two full pages of entries
+	copy(swapped[5*pageSize:], data[6*pageSize:7*pageSize])
+	copy(swapped[6*pageSize:], data[5*pageSize:6*pageSize])
 	if err := read(swapped); !errors.Is(err, ErrDamaged) {
 		t.Errorf("swapped pages: %v", err)
 	}
