@@ -5,7 +5,6 @@ package restore
 import (
 	"io"
 	"path/filepath"
-	"runtime"
 	"testing"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
@@ -34,9 +33,6 @@ func BenchmarkRestore(b *testing.B) {
 			for b.Loop() {
 				f.restore(Options{Device: s.device, Target: filepath.Join(dir, "image"), Changes: ChangesAll, Force: true})
 			}
-			var m runtime.MemStats
-			runtime.ReadMemStats(&m)
-			b.ReportMetric(float64(m.Sys)/(1<<20), "MiB-sys")
 		})
 		b.Run(name+"/Dump", func(b *testing.B) {
 			b.SetBytes(256 << 20)

@@ -162,8 +162,12 @@ func (t *target) open() error {
 		return fmt.Errorf("open target %s: %w", t.path, err)
 	}
 	if t.kind == device.Block {
-		if now, err := t.direct.Seek(0, io.SeekEnd); err != nil || now != t.size {
-			return fmt.Errorf("open target %s: it had %d bytes and has %d (%v)", t.path, t.size, now, err)
+		now, err := t.direct.Seek(0, io.SeekEnd)
+		if err != nil {
+			return fmt.Errorf("measure target: %w", err)
+		}
+		if now != t.size {
+			return fmt.Errorf("open target %s: it had %d bytes and has %d", t.path, t.size, now)
 		}
 	}
 	return nil

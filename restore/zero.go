@@ -63,7 +63,7 @@ func (t *target) fallocate(mode uint32, e kernel.Extent) error {
 	}
 	ctlErr := rc.Control(func(fd uintptr) {
 		for {
-			if err = unix.Fallocate(int(fd), mode, e.Offset, e.Length); err != unix.EINTR {
+			if err = unix.Fallocate(int(fd), mode, e.Offset, e.Length); !errors.Is(err, unix.EINTR) {
 				return
 			}
 		}
