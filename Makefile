@@ -29,7 +29,7 @@ lint: $(BUILD)/golangci-lint $(BUILD)/gofumpt ## run the linters
 	$(BUILD)/golangci-lint run ./...
 	@test -z "$$($(BUILD)/gofumpt -l cmd kernel repo restore snapshot systemtest)"
 
-generate: ## rebuild the eBPF objects (needs clang and libbpf-dev)
+generate: ## rebuild the eBPF objects (needs clang)
 	$(GO) generate ./...
 
 bench: ## memory and throughput of backup and restore (minutes; needs root)
