@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -39,6 +40,10 @@ const (
 // frozen, in bytes.
 const heldOutput = 1 << 20
 
+// gcPercent is how much the heap may grow before it is collected: with it a full
+// backup stays under 300 MiB, and takes no longer.
+const gcPercent = 30
+
 // errSaid ends a command that worked and found a difference: exit code 1
 // without a further message.
 var errSaid = errors.New("")
@@ -46,6 +51,11 @@ var errSaid = errors.New("")
 func main() {
 	if freeze.IsWatchdog() {
 		os.Exit(freeze.WatchdogMain())
+	}
+	// Most of the memory is buffers that are used again: the collector has
+	// little to do, and would only let the heap grow to twice what is in use.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
 	}
 	// What we print while a file system is frozen waits for the thaw: whoever
 	// reads it may be writing to that file system.
