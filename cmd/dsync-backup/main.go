@@ -66,6 +66,8 @@ func main() {
 func run(args []string, stdout, stderr *freeze.HoldOutput) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
+	// Whose lock it is, restic asks a process with SIGHUP, which must not end it.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP)
 	// After the first signal the second one kills.
 	context.AfterFunc(ctx, stop)
 
