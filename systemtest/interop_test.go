@@ -217,7 +217,7 @@ func TestImagesOfResticAndDevicesOfOursShareTheirData(t *testing.T) {
 		fillFile(t, filepath.Join(d.mnt, name), c, used/3)
 	}
 	d.umount()
-	const most = used / 4
+	const most = used / 3
 	for version := range restics {
 		t.Run("restic "+version+" first", func(t *testing.T) {
 			e := newEnv(t, filepath.Join(t.TempDir(), "repo"))
