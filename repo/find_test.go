@@ -93,10 +93,14 @@ func TestSnapshotsAreFoundByPrefixAndFilter(t *testing.T) {
 		filter SnapshotFilter
 		want   int // number of the snapshot, the lower the later; -1: none
 	}{
-		{SnapshotFilter{}, 0}, {SnapshotFilter{Hosts: []string{"h1"}}, 1}, {SnapshotFilter{Paths: []string{"/dev/2"}}, 2},
-		{SnapshotFilter{Tags: [][]string{{"t4"}}}, 4}, {SnapshotFilter{Tags: [][]string{{"t4", "nope"}, {"t3", "all"}}}, 3},
+		{SnapshotFilter{}, 0},
+		{SnapshotFilter{Hosts: []string{"h1"}}, 1},
+		{SnapshotFilter{Paths: []string{"/dev/2"}}, 2},
+		{SnapshotFilter{Tags: [][]string{{"t4"}}}, 4},
+		{SnapshotFilter{Tags: [][]string{{"t4", "nope"}, {"t3", "all"}}}, 3},
 		{SnapshotFilter{Hosts: []string{"h1"}, Paths: []string{"/dev/2"}, Tags: [][]string{{"t0"}}}, 5},
-		{SnapshotFilter{Hosts: []string{"nope", "h0"}, Tags: [][]string{{"t1"}}}, 6}, {SnapshotFilter{Hosts: []string{"nope"}}, -1},
+		{SnapshotFilter{Hosts: []string{"nope", "h0"}, Tags: [][]string{{"t1"}}}, 6},
+		{SnapshotFilter{Hosts: []string{"nope"}}, -1},
 		{SnapshotFilter{Tags: [][]string{{""}}}, -1},
 	} {
 		id, _, err := r.FindSnapshot(t.Context(), "latest", c.filter)

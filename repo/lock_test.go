@@ -254,8 +254,13 @@ func TestStaleIsOldOrDeadOnThisHost(t *testing.T) {
 		pid  int
 		want bool
 	}{
-		{0, host, os.Getpid(), false}, {29 * time.Minute, host, os.Getpid(), false}, {31 * time.Minute, host, os.Getpid(), true},
-		{0, host, dead.Process.Pid, true}, {0, host + "x", dead.Process.Pid, false}, {31 * time.Minute, "x", 1, true}, {0, host, 1, false},
+		{0, host, os.Getpid(), false},
+		{29 * time.Minute, host, os.Getpid(), false},
+		{31 * time.Minute, host, os.Getpid(), true},
+		{0, host, dead.Process.Pid, true},
+		{0, host + "x", dead.Process.Pid, false},
+		{31 * time.Minute, "x", 1, true},
+		{0, host, 1, false},
 	} {
 		if got := (lockFile{Time: now.Add(-c.age), Hostname: c.host, PID: c.pid}).stale(now); got != c.want {
 			t.Errorf("%+v: %v", c, got)

@@ -81,7 +81,7 @@ func (l *Lock) keep() {
 	var running chan error // nil while nothing is being refreshed
 	defer func() {
 		if running != nil {
-			<-running
+			<-running //nolint:errcheck // the lock goes anyhow
 		}
 	}()
 	last := l.file.Time.Round(0) // without the monotonic clock

@@ -21,8 +21,11 @@ import (
 func TestNodesAreSortedByName(t *testing.T) {
 	id := ID{1}
 	tree := &Tree{Nodes: []*Node{
-		{Name: "b", Type: NodeDir, Subtree: &id}, {Name: "a b", Type: NodeDir, Subtree: &id},
-		{Name: "a", Type: NodeDir, Subtree: &id}, {Name: "ä", Type: NodeDir, Subtree: &id}, {Name: "B", Type: NodeDir, Subtree: &id},
+		{Name: "b", Type: NodeDir, Subtree: &id},
+		{Name: "a b", Type: NodeDir, Subtree: &id},
+		{Name: "a", Type: NodeDir, Subtree: &id},
+		{Name: "ä", Type: NodeDir, Subtree: &id},
+		{Name: "B", Type: NodeDir, Subtree: &id},
 	}}
 	data, err := tree.Encode()
 	if err != nil {

@@ -252,7 +252,7 @@ func locate(t testing.TB, r *Repository, pack ID, blobs [][]byte) (out []BlobLoc
 }
 
 func TestBlobsOfAPackAreLoadedWithFewRequests(t *testing.T) {
-	r, dir, blobs, packs := twoCopies(t, 200, func(i int) int { return 10_000 + i })
+	_, dir, blobs, packs := twoCopies(t, 200, func(i int) int { return 10_000 + i })
 	be := faulty.New(openLocal(t, dir))
 	r, err := Open(t.Context(), be, testPassword, Options{})
 	if err != nil {
