@@ -89,6 +89,10 @@ type Writer struct {
 	}
 }
 
+// maxScratch is up to which length of a blob scratch is used again, in bytes:
+// memory for the few larger ones is not kept.
+const maxScratch = 3 << 20
+
 // scratch is what one call of SaveBlob works with.
 type scratch struct{ compressed, sealed, plain []byte }
 
@@ -182,7 +186,11 @@ func (w *Writer) store(ctx context.Context, kind Kind, h BlobHandle, data []byte
 		return 0, fmt.Errorf("save %s: %d bytes are too many for a blob", h, len(data))
 	}
 	s := w.scratch.Get().(*scratch)
-	defer w.scratch.Put(s)
+	defer func() {
+		if cap(s.sealed) <= maxScratch {
+			w.scratch.Put(s)
+		}
+	}()
 	codec := w.repo.codec
 	var uncompressed int
 	s.sealed, s.compressed, uncompressed = codec.sealBlob(grow(s.sealed, len(data)+crypto.Overhead)[:0], s.compressed, h.Type, data)

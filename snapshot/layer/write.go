@@ -79,6 +79,10 @@ func Write(ctx context.Context, to Saver, o Options) (Result, error) {
 	return w.result, nil
 }
 
+// maxSpare is the largest buffer that is used again, in bytes. Few chunks are
+// larger, and memory of their size is not to be kept for those that are not.
+const maxSpare = 3 << 20
+
 type job struct {
 	kind repo.Kind
 	blob *blob
@@ -112,7 +116,9 @@ func (w *writer) start(ctx context.Context, cancel context.CancelCauseFunc) {
 					}
 					j.blob.id = saved.ID
 				}
-				w.spare.Put(&j.data)
+				if cap(j.data) <= maxSpare {
+					w.spare.Put(&j.data)
+				}
 				w.open.Done()
 			}
 		})
