@@ -215,26 +215,6 @@ func TestADeviceThatCannotBeReadFailsAndLeavesNoSnapshot(t *testing.T) {
 	e.check()
 }
 
-func TestAVersion1RepositoryIsReadAndNotWritten(t *testing.T) {
-	e := newEnv(t, filepath.Join(t.TempDir(), "repo"))
-	img := image(t, newContent(random(t), false), 2<<20)
-	e.restic("0.14", "init", "--repository-version", "1")
-	e.restic("0.14", "backup", img)
-	before := stored(t, e.repo)
-	e.fails(1, "restic migrate upgrade_repo_v2", "backup", img)
-	if ids := e.snapshotIDs(); len(ids) != 1 {
-		t.Errorf("snapshots: %v", ids)
-	}
-	e.fails(1, "no device", "restore", "latest", filepath.Join(t.TempDir(), "x"))
-	if after := stored(t, e.repo); after != before {
-		t.Errorf("the repository grew from %d to %d bytes", before, after)
-	}
-	e.restic("0.14", "migrate", "upgrade_repo_v2")
-	e.backup(img)
-	same(t, img, e.restored("latest"))
-	e.check()
-}
-
 func TestAnExclusiveLockOfResticIsHonoured(t *testing.T) {
 	e := lightEnv(t)
 	img := image(t, newContent(random(t), false), 8<<20)

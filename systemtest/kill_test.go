@@ -22,7 +22,7 @@ import (
 )
 
 // killBackup is what gets killed: slow enough that the freeze lasts a while.
-var killBackup = []string{"-q", "backup", "--json", "--snapshot", "freeze", "--limit-upload", "24576", "--pack-size", "4"}
+var killBackup = []string{"-q", "backup", "--json", "--snapshot", "freeze", "--limit-upload", "16384", "--pack-size", "4"}
 
 // busyWriter writes to a file system until it is stopped. While that is frozen
 // it hangs, as any program does.
@@ -92,7 +92,7 @@ type killRounds struct {
 func startKillRounds(t *testing.T) *killRounds {
 	r := random(t)
 	k := &killRounds{env: lightEnv(t), t: t, r: r, c: newContent(r, true)}
-	k.d = frozenDisk(t, k.env, k.c, 160<<20)
+	k.d = frozenDisk(t, k.env, k.c, 112<<20)
 	k.change()
 	// How long one takes when nobody kills it.
 	began := time.Now()
@@ -107,7 +107,7 @@ func startKillRounds(t *testing.T) *killRounds {
 // change writes what the next backup has to read under the freeze.
 func (k *killRounds) change() {
 	k.t.Helper()
-	fillFile(k.t, filepath.Join(k.d.mnt, "large"+strconv.Itoa(k.r.IntN(3))), k.c, 24<<20)
+	fillFile(k.t, filepath.Join(k.d.mnt, "large"+strconv.Itoa(k.r.IntN(3))), k.c, 16<<20)
 }
 
 // inFreeze waits until the file system is frozen, or the backup is at its end.
@@ -144,7 +144,7 @@ func (k *killRounds) goesOn(round int) {
 		if locks := k.files("locks"); len(locks) > 0 {
 			k.t.Errorf("the lock of a dead process is taken for a live one's: %v", locks)
 		}
-		if round%4 < 2 || os.Getenv("SOAK") == "1" { // what is broken stays broken
+		if round%5 < 2 || os.Getenv("SOAK") == "1" { // what is broken stays broken
 			k.restic([]string{"0.14", "0.18"}[round/4%2], "check")
 		}
 	}
