@@ -3,6 +3,7 @@
 package bpf
 
 import (
+	"fmt"
 	"os"
 	"runtime"
 	"sync/atomic"
@@ -136,8 +137,18 @@ func (u *uring) write(t testing.TB, f *os.File, buf []byte, offsets []int64) {
 	runtime.KeepAlive(buf)
 }
 
-// discard discards ranges of blocks.
+// discard discards ranges of blocks. Before Linux 6.12 io_uring cannot, and
+// they are discarded one by one.
 func (u *uring) discard(t testing.TB, f *os.File, ranges [][2]int64) {
+	if !uringDiscards(t) {
+		for _, r := range ranges {
+			arg := [2]uint64{uint64(r[0] * kernel.BlockSize), uint64(r[1] * kernel.BlockSize)}
+			if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKDISCARD, uintptr(unsafe.Pointer(&arg))); errno != 0 {
+				t.Errorf("discard %d blocks at %d: %v", r[1], r[0], errno)
+			}
+		}
+		return
+	}
 	ops := make([]sqe, len(ranges))
 	for i, r := range ranges {
 		ops[i] = sqe{
@@ -146,4 +157,18 @@ func (u *uring) discard(t testing.TB, f *os.File, ranges [][2]int64) {
 		}
 	}
 	u.do(t, 0, ops)
+}
+
+// uringDiscards reports whether this kernel's io_uring knows discards of block
+// devices, which came with Linux 6.12.
+func uringDiscards(t testing.TB) bool {
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		t.Fatal(err)
+	}
+	var major, minor int
+	if _, err := fmt.Sscanf(unix.ByteSliceToString(uts.Release[:]), "%d.%d", &major, &minor); err != nil {
+		t.Fatal(err)
+	}
+	return major > 6 || major == 6 && minor >= 12
 }
