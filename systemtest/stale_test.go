@@ -29,14 +29,14 @@ func readCached(t testing.TB, path string) []byte {
 func TestBackupDoesNotSeeWhatThePageCacheRemembers(t *testing.T) {
 	r := random(t)
 	c := newContent(r, false)
-	d := newDisk(t, 256<<20)
+	d := newDisk(t, 128<<20)
 	e := newEnv(t, filepath.Join(t.TempDir(), "repo"))
 	e.initLight()
 	d.mkfs("ext4")
 	d.track(e)
 	files := []string{filepath.Join(d.mnt, "a"), filepath.Join(d.mnt, "b")}
 	for _, f := range files {
-		fillFile(t, f, c, 24<<20)
+		fillFile(t, f, c, 12<<20)
 	}
 	for i, want := range []snapshot.Changes{snapshot.ChangesFull, snapshot.ChangesTracker} {
 		cached := readCached(t, d.path)
@@ -46,7 +46,7 @@ func TestBackupDoesNotSeeWhatThePageCacheRemembers(t *testing.T) {
 		if sum.Changes != want {
 			t.Fatalf("changes %s, want %s: %s", sum.Changes, want, sum.FallbackReason)
 		}
-		if n := differing(t, readCached(t, d.path), truth); n < 16<<20 {
+		if n := differing(t, readCached(t, d.path), truth); n < 8<<20 {
 			t.Fatalf("the page cache holds only %d stale bytes: this test would not notice who reads them", n)
 		}
 		if bytes.Equal(cached, readAll(t, truth)) {
@@ -66,7 +66,7 @@ func overwrite(t testing.TB, path string, c *content) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	b := make([]byte, 24<<20)
+	b := make([]byte, 12<<20)
 	c.fill(b)
 	if _, err := f.WriteAt(b, 0); err != nil {
 		t.Fatal(err)
@@ -107,7 +107,7 @@ func differing(t testing.TB, b []byte, truth string) (n int) {
 func TestBackupHasWhatOnlyThePageCacheHolds(t *testing.T) {
 	r := random(t)
 	c := newContent(r, false)
-	d := newDisk(t, 128<<20)
+	d := newDisk(t, 64<<20)
 	e := newEnv(t, filepath.Join(t.TempDir(), "repo"))
 	e.initLight()
 	d.track(e)
@@ -117,7 +117,7 @@ func TestBackupHasWhatOnlyThePageCacheHolds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	want := make([]byte, 128<<20)
+	want := make([]byte, 64<<20)
 	for i, changes := range []snapshot.Changes{snapshot.ChangesFull, snapshot.ChangesTracker, snapshot.ChangesTracker, snapshot.ChangesTracker} {
 		var dirty int64
 		for _, n := range someBlocks(r, int64(len(want)), 200) {

@@ -161,8 +161,8 @@ func (e *env) dumpsAs(id, truth string) {
 	e.t.Helper()
 	cmd := e.command("dump", id)
 	compare := exec.Command("cmp", "-", truth)
-	var errs bytes.Buffer
-	cmd.Stderr, compare.Stdout, compare.Stderr = &errs, &errs, &errs
+	var errs, difference bytes.Buffer
+	cmd.Stderr, compare.Stdout, compare.Stderr = &errs, &difference, &difference
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		e.t.Fatal(err)
@@ -173,7 +173,7 @@ func (e *env) dumpsAs(id, truth string) {
 	}
 	differs := compare.Run()
 	if err := errors.Join(cmd.Wait(), differs); err != nil {
-		e.t.Fatalf("dump %s and compare it with %s: %v\n%s", id, truth, err, errs.String())
+		e.t.Fatalf("dump %s and compare it with %s: %v\n%s%s", id, truth, err, errs.String(), difference.String())
 	}
 }
 

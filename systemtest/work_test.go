@@ -85,6 +85,13 @@ func goRoot() string {
 }
 
 func (w *work) change(i int) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(w.dir, &st); err != nil {
+		return err
+	}
+	if st.Bavail < st.Blocks/4 {
+		return w.remove(len(w.files) / 4)
+	}
 	switch k := w.r.IntN(20); {
 	case i == 0 || k < 5:
 		last, err := commitEntries(w.db, w.r)
@@ -95,7 +102,7 @@ func (w *work) change(i int) error {
 	case k < 10 || len(w.files) < 20:
 		return w.copyIn()
 	case k < 12:
-		return w.remove()
+		return w.remove(1 + w.r.IntN(5))
 	case k < 14:
 		return w.rename()
 	case k < 16:
@@ -136,8 +143,8 @@ func (w *work) copyIn() error {
 	return nil
 }
 
-func (w *work) remove() error {
-	for range 1 + w.r.IntN(5) {
+func (w *work) remove(n int) error {
+	for range n {
 		i := w.r.IntN(len(w.files))
 		if err := os.Remove(w.files[i]); err != nil {
 			return err
