@@ -42,6 +42,16 @@ func (s *selectFlags) find(ctx context.Context, r *repo.Repository, name string)
 	return snapshot.Device{}, fmt.Errorf("snapshot %s holds %d devices, and none is named %q: say which one with --device", id.Str(), len(devices), s.device)
 }
 
+// open opens the repository, locked, and finds the device that the user means.
+func (s *selectFlags) open(ctx context.Context, g *globals, name string) (context.Context, snapshot.Store, snapshot.Device, error) {
+	r, ctx, err := g.openLocked(ctx)
+	if err != nil {
+		return ctx, snapshot.Store{}, snapshot.Device{}, err
+	}
+	d, err := s.find(ctx, r, name)
+	return ctx, snapshot.Store{Repository: r}, d, err
+}
+
 func newLs(g *globals) *cobra.Command {
 	var sel selectFlags
 	cmd := &cobra.Command{
@@ -49,15 +59,11 @@ func newLs(g *globals) *cobra.Command {
 		Short: "Show what a snapshot of a device consists of",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, ctx, err := g.openLocked(cmd.Context())
+			ctx, from, d, err := sel.open(cmd.Context(), g, args[0])
 			if err != nil {
 				return err
 			}
-			d, err := sel.find(ctx, r, args[0])
-			if err != nil {
-				return err
-			}
-			return ls(ctx, g, snapshot.Store{Repository: r}, d)
+			return ls(ctx, g, from, d)
 		},
 	}
 	sel.register(cmd)

@@ -9,9 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
-	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/restore"
-	"github.com/dsync-backup/dsync-backup/snapshot"
 )
 
 func newRestore(g *globals) *cobra.Command {
@@ -46,17 +44,15 @@ small is refused; one with data on it needs --force.
 }
 
 func runRestore(ctx context.Context, g *globals, sel *selectFlags, name string, o restore.Options) error {
-	r, ctx, err := g.openLocked(ctx)
+	ctx, from, d, err := sel.open(ctx, g, name)
 	if err != nil {
 		return err
 	}
-	if o.Device, err = sel.find(ctx, r, name); err != nil {
-		return err
-	}
+	o.Device = d
 	p := g.progress("restore")
 	defer p.end()
 	o.Progress = func(pr restore.Progress) { p.update(pr.Phase, pr.Done, pr.Total) }
-	res, err := restore.Restore(ctx, snapshot.Store{Repository: r}, o)
+	res, err := restore.Restore(ctx, from, o)
 	if err != nil {
 		return causeOf(ctx, err)
 	}
@@ -77,15 +73,11 @@ func newDump(g *globals) *cobra.Command {
 		Short: "Write a snapshot of a device to standard output",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, ctx, err := g.openLocked(cmd.Context())
+			ctx, from, d, err := sel.open(cmd.Context(), g, args[0])
 			if err != nil {
 				return err
 			}
-			d, err := sel.find(ctx, r, args[0])
-			if err != nil {
-				return err
-			}
-			_, err = restore.Dump(ctx, snapshot.Store{Repository: r}, g.stdout, restore.DumpOptions{Device: d})
+			_, err = restore.Dump(ctx, from, g.stdout, restore.DumpOptions{Device: d})
 			return causeOf(ctx, err)
 		},
 	}
@@ -103,25 +95,21 @@ every block. It fetches no data. Exit status 0: equal; 1: different, and the
 ranges are printed.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, ctx, err := g.openLocked(cmd.Context())
-			if err != nil {
-				return err
-			}
-			return runVerify(ctx, g, r, &sel, args)
+			return runVerify(cmd.Context(), g, &sel, args)
 		},
 	}
 	sel.register(cmd)
 	return cmd
 }
 
-func runVerify(ctx context.Context, g *globals, r *repo.Repository, sel *selectFlags, args []string) error {
-	d, err := sel.find(ctx, r, args[0])
+func runVerify(ctx context.Context, g *globals, sel *selectFlags, args []string) error {
+	ctx, from, d, err := sel.open(ctx, g, args[0])
 	if err != nil {
 		return err
 	}
 	p := g.progress("verify")
 	defer p.end()
-	different, err := restore.Verify(ctx, snapshot.Store{Repository: r}, restore.VerifyOptions{
+	different, err := restore.Verify(ctx, from, restore.VerifyOptions{
 		Device: d, Target: args[1], Progress: func(pr restore.Progress) { p.update(pr.Phase, pr.Done, pr.Total) },
 	})
 	if err != nil {
