@@ -157,13 +157,14 @@ func (r *rounds) checkFrozen(s *store, sum snapshot.Summary, truth string, durab
 // way a snapshot, beside checkFrozen's restores to a device.
 func (r *rounds) restore(i int, s *store, k kept) {
 	r.t.Helper()
-	if count(1, 0) == 1 || !inUse(i) {
+	every := count(1, 0) == 1
+	if every || !inUse(i) {
 		s.restoresTo(k.id, k.truth)
 	}
-	if count(1, 0) == 1 || inUse(i) {
+	if every || inUse(i) {
 		s.dumpsAs(k.id, k.truth)
 	}
-	if count(1, 0) == 1 {
+	if every {
 		s.restoresOver(k.id, k.truth, r.spare)
 	}
 }
