@@ -4,6 +4,7 @@ package repo
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -92,6 +93,8 @@ type Writer struct {
 // maxScratch is up to which length of a blob scratch is used again, in bytes:
 // memory for the few larger ones is not kept.
 const maxScratch = 3 << 20
+
+var errAborted = errors.New("the writer was aborted")
 
 // scratch is what one call of SaveBlob works with.
 type scratch struct{ compressed, sealed, plain []byte }
@@ -292,6 +295,13 @@ func (w *Writer) Flush(ctx context.Context) error {
 		return fmt.Errorf("flush: %w", err)
 	}
 	return nil
+}
+
+// Abort ends the writer without saving any more, and returns when none of its
+// uploads runs on. After a Flush it changes nothing that Flush made durable.
+func (w *Writer) Abort() {
+	w.fail(errAborted)
+	w.uploads.Wait()
 }
 
 // Stats counts what was stored so far.

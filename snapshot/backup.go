@@ -25,6 +25,8 @@ type History interface {
 	Commit(ctx context.Context) error
 	Since(ctx context.Context, pos kernel.Position) (*kernel.Bitmap, error)
 	Peek(ctx context.Context) (*kernel.Bitmap, error)
+	// Size is that of the device which is tracked, in bytes.
+	Size() int64
 	Unlock() error
 	Relock(ctx context.Context) error
 }
@@ -91,9 +93,11 @@ type backup struct {
 	epoch   *kernel.Epoch
 	sum     Summary
 	started time.Time
-	done    int64
-	total   int64
-	frozen  time.Duration
+
+	committed bool // the ended epoch is in the log
+	done      int64
+	total     int64
+	frozen    time.Duration
 }
 
 // Backup makes a snapshot of a device. The caller holds a lock on the
@@ -117,10 +121,15 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 	}
 	b.w = r.NewWriter(ctx, repo.WriterOptions{})
 	res, key, err := b.copy(ctx)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		var s *Summary
+		if s, err = b.save(ctx, res, key); err == nil {
+			return s, nil
+		}
 	}
-	return b.save(ctx, res, key)
+	// No upload, and no index of one, may outlive the caller's lock.
+	b.w.Abort()
+	return nil, err
 }
 
 // copy makes the instant, ends the epoch, and stores what changed.
@@ -151,7 +160,13 @@ func (b *backup) copy(ctx context.Context) (res layer.Result, key SumKey, err er
 			err = e
 		}
 	}()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stop := context.AfterFunc(standing, func() { cancel(context.Cause(standing)) })
+	released := false
 	release := func() error {
+		stop()
+		released = true
 		t, err := b.Instant.End()
 		b.frozen = max(b.frozen, t)
 		return err
@@ -159,7 +174,7 @@ func (b *backup) copy(ctx context.Context) (res layer.Result, key SumKey, err er
 	defer func() {
 		// Whatever fails once the device no longer stands still, fails
 		// because of that.
-		if cause := context.Cause(standing); err != nil && cause != nil {
+		if cause := context.Cause(standing); err != nil && cause != nil && !released {
 			err = cause
 		}
 		if e := release(); err == nil {
@@ -219,6 +234,10 @@ func (b *backup) rotate(ctx context.Context) error {
 		b.sum.FallbackReason = st.Reason
 		return nil
 	}
+	if size := b.History.Size(); size != b.Device.Size() {
+		b.sum.FallbackReason = fmt.Sprintf("the tracker watches a device of %d bytes, but %d were there when %s was opened", size, b.Device.Size(), b.Device.Path())
+		return nil
+	}
 	b.epoch = &e
 	return nil
 }
@@ -251,7 +270,7 @@ func (s source) Buffer(n int) []byte { return device.AlignedBuffer(n) }
 // have the tracker. It is done even when the backup failed or was interrupted.
 func (b *backup) commit(ctx context.Context) error {
 	h := b.History
-	if h == nil {
+	if h == nil || b.committed {
 		return nil
 	}
 	ctx = context.WithoutCancel(ctx)
@@ -259,6 +278,7 @@ func (b *backup) commit(ctx context.Context) error {
 		return err
 	}
 	err := h.Commit(ctx)
+	b.committed = err == nil
 	return errors.Join(err, h.Unlock())
 }
 
@@ -327,7 +347,7 @@ func (b *backup) choose(ctx context.Context) error {
 func (b *backup) follow(ctx context.Context) {
 	if b.epoch != nil {
 		var reason string
-		b.parent, b.dirty, reason = bridge(ctx, b.cands, b.History, b.epoch.Position)
+		b.parent, b.dirty, reason = bridge(ctx, b.cands, b.History, b.epoch.Position, b.Device.Size())
 		if b.parent != nil {
 			b.sum.Changes, b.sum.FallbackReason = ChangesTracker, ""
 			return

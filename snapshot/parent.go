@@ -54,11 +54,13 @@ func candidates(ctx context.Context, from Store, name string, warn func(error)) 
 // bridge picks the candidate with the highest position of this tracker that
 // can be bridged, and the blocks written since. Without one, the reason says
 // why the best of them is not usable; it is empty where there is none at all.
-func bridge(ctx context.Context, cands []candidate, h History, now kernel.Position) (*candidate, *kernel.Bitmap, string) {
+func bridge(ctx context.Context, cands []candidate, h History, now kernel.Position, size int64) (*candidate, *kernel.Bitmap, string) {
 	var ours []*candidate
 	reason := ""
 	for i := range cands {
 		switch p := cands[i].Manifest.Position; {
+		case p != nil && p.Tracker == now.Tracker && cands[i].Manifest.Size != size:
+			reason = fmt.Sprintf("snapshot %s is of a device of %d bytes, which has %d now", cands[i].Snapshot.Str(), cands[i].Manifest.Size, size)
 		case p != nil && p.Tracker == now.Tracker:
 			ours = append(ours, &cands[i])
 		case reason != "":

@@ -89,13 +89,16 @@ func runBackup(ctx context.Context, g *globals, f *backupFlags, path string) (er
 		return err
 	}
 	if src.device.Kind() == device.Block {
-		h, broken, err := openHistory(ctx, g, path)
+		h, broken, err := openHistory(ctx, g, src.device)
+		o.Broken = broken
 		switch {
 		case err != nil:
 			return err
 		case h != nil:
 			defer h.Close()
-			o.History, o.Broken = h, broken
+			o.History = h
+		case o.Changes == snapshot.ChangesTracker && broken != "":
+			return fmt.Errorf("%s: %s: use --changes auto", path, broken)
 		case o.Changes == snapshot.ChangesTracker:
 			return fmt.Errorf("%s is not tracked: run `dsync-backup track start %s`, or use --changes auto", path, path)
 		}

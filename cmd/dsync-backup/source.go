@@ -156,10 +156,11 @@ func (f *frozen) Begin(ctx context.Context) (context.Context, error) {
 	}
 	f.begun = true
 	now, err := device.InUse(f.path)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = errors.Join(now.CheckFreezable(), f.freezer.Covers(now.Mounts))
 	}
-	if err := errors.Join(now.CheckFreezable(), f.freezer.Covers(now.Mounts)); err != nil {
+	if err != nil {
+		_, _ = f.End() // the reason to stop says more
 		return nil, err
 	}
 	ctx, f.cancel = f.freezer.WithContext(ctx)
