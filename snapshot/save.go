@@ -95,8 +95,11 @@ func (b *backup) pointInTime(ctx context.Context) PointInTime {
 	if b.epoch == nil || kind == PointInTimeNone || kind == PointInTimeFreeze {
 		return kind
 	}
-	if late, err := b.History.Peek(ctx); err != nil || late.Count() > 0 {
-		b.Warn(fmt.Errorf("%s was written to while it was read: the snapshot is not a point in time; the next backup has what changed", b.Device.Path()))
+	// Another backup that ended an epoch meanwhile has taken the evidence.
+	st, err := b.History.Status(ctx)
+	late, peekErr := b.History.Peek(ctx)
+	if err != nil || peekErr != nil || st.Epoch != b.epoch.Position.Epoch+1 || late.Count() > 0 {
+		b.Warn(fmt.Errorf("%s may have been written to while it was read: the snapshot is not a point in time; the next backup has what changed", b.Device.Path()))
 		return PointInTimeNone
 	}
 	return kind
