@@ -31,3 +31,18 @@ func (e *exactReader) Read(p []byte) (int, error) {
 	}
 	return n, err
 }
+
+// WatchedReader remembers why reading R failed, so that what a caller's
+// function makes of it is not taken for an error of the function's own.
+type WatchedReader struct {
+	R   io.Reader
+	Err error // nil at a plain end of file
+}
+
+func (w *WatchedReader) Read(p []byte) (int, error) {
+	n, err := w.R.Read(p)
+	if err != nil && err != io.EOF {
+		w.Err = err
+	}
+	return n, err
+}

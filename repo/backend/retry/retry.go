@@ -156,29 +156,14 @@ func (b *Backend) compare(ctx context.Context, h backend.Handle, data []byte, ex
 func (b *Backend) Load(ctx context.Context, h backend.Handle, length int, offset int64, fn func(io.Reader) error) error {
 	return b.do(ctx, "load "+h.String(), func(int) error {
 		return b.Backend.Load(ctx, h, length, offset, func(r io.Reader) error {
-			watched := &watchedReader{r: r}
+			watched := &backend.WatchedReader{R: r}
 			err := fn(watched)
-			if err != nil && watched.err == nil {
+			if err != nil && watched.Err == nil {
 				return callerError{err}
 			}
 			return err
 		})
 	})
-}
-
-// watchedReader remembers that reading failed, so that what fn makes of it is
-// not taken for an error of fn's own.
-type watchedReader struct {
-	r   io.Reader
-	err error
-}
-
-func (w *watchedReader) Read(p []byte) (int, error) {
-	n, err := w.r.Read(p)
-	if err != nil && err != io.EOF {
-		w.err = err
-	}
-	return n, err
 }
 
 // Stat tries again.

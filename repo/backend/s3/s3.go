@@ -245,27 +245,12 @@ func (b *Backend) beyond(ctx context.Context, key string, length int, offset int
 }
 
 func (b *Backend) consume(body io.Reader, n int64, fn func(io.Reader) error) error {
-	r := &watchedReader{r: backend.ExactReader(body, n)}
+	r := &backend.WatchedReader{R: backend.ExactReader(body, n)}
 	err := fn(r)
-	if err != nil && r.err != nil {
-		return fmt.Errorf("read the answer: %w", r.err)
+	if err != nil && r.Err != nil {
+		return fmt.Errorf("read the answer: %w", r.Err)
 	}
 	return consumed(err)
-}
-
-// watchedReader remembers the error of the connection, which fn may have
-// reworded.
-type watchedReader struct {
-	r   io.Reader
-	err error
-}
-
-func (w *watchedReader) Read(p []byte) (int, error) {
-	n, err := w.r.Read(p)
-	if err != nil && err != io.EOF {
-		w.err = err
-	}
-	return n, err
 }
 
 // Stat asks for the object's head.
