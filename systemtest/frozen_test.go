@@ -107,8 +107,10 @@ func TestAMountedDeviceNeedsAChoice(t *testing.T) {
 func TestAFreezeThatTakesTooLongThawsAndLosesNothing(t *testing.T) {
 	e := lightEnv(t)
 	c := newContent(random(t), false)
-	d := frozenDisk(t, e, c, 128<<20)
-	fillFile(t, filepath.Join(d.mnt, "new"), c, 32<<20)
+	d := frozenDisk(t, e, c, 256<<20)
+	// Several times what packs and pipeline hold in memory, on any number of
+	// cores: reading has to wait for the upload, for minutes.
+	fillFile(t, filepath.Join(d.mnt, "new"), c, 192<<20)
 	e.fails(1, "freeze took too long: more than 1s", "backup", d.path, "--snapshot", "freeze", "--max-freeze", "1s", "--limit-upload", "1024", "--pack-size", "4")
 	if n := len(e.files("snapshots")); n != 1 {
 		t.Errorf("%d snapshots, want 1", n)
