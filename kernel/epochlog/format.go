@@ -19,11 +19,13 @@ const (
 
 	encodingRuns = 0 // lengths of clean and marked runs, alternating, as varints
 	encodingRaw  = 1 // the bitmap's words
+	// Added to either of them: a zstd frame of it.
+	encodingZstd = 2
 
 	maxBlocks = 1 << 37 // 512 TiB
 )
 
-// Encode gives the bytes of an ended epoch, in the shorter of two encodings.
+// Encode gives the bytes of an ended epoch, in the shortest of the encodings.
 func Encode(e kernel.Epoch) []byte {
 	blocks, words := e.Bitmap.Blocks(), e.Bitmap.Words()
 	out := make([]byte, headerSize, headerSize+4096)
@@ -35,6 +37,10 @@ func Encode(e kernel.Epoch) []byte {
 		for _, w := range words {
 			out = binary.LittleEndian.AppendUint64(out, w)
 		}
+	}
+	if z := compress(out[headerSize:]); len(z) < len(out)-headerSize {
+		encoding |= encodingZstd
+		out = append(out[:headerSize], z...)
 	}
 	copy(out, magic)
 	le := binary.LittleEndian
@@ -83,11 +89,18 @@ func Decode(data []byte) (kernel.Epoch, error) {
 // addTo unites an entry's bitmap into b, of which it must be the size. With an
 // error, b may hold a part of it.
 func (h header) addTo(b *kernel.Bitmap, payload []byte) (err error) {
-	switch h.encoding {
+	if h.encoding&encodingZstd != 0 {
+		payload, err = decompress(payload, 8*len(b.Words()))
+	}
+	switch h.encoding &^ encodingZstd {
 	case encodingRuns:
-		err = addRuns(b, payload)
+		if err == nil {
+			err = addRuns(b, payload)
+		}
 	case encodingRaw:
-		err = addRaw(b, payload)
+		if err == nil {
+			err = addRaw(b, payload)
+		}
 	default:
 		err = fmt.Errorf("unknown encoding %d", h.encoding)
 	}

@@ -70,10 +70,18 @@ func newRand(t *testing.T) *rand.Rand {
 
 func TestEveryBitmapComesBack(t *testing.T) {
 	rng := newRand(t)
-	raw := 0
+	seen := map[byte]int{}
 	for i := range 500 {
 		e := sample()
 		e.Bitmap = kernel.NewBitmap(rng.Int64N(3000))
+		if i%5 == 0 { // a pattern, which compresses
+			for b := int64(0); b < e.Bitmap.Blocks(); b += 2 + int64(i%3)*37 {
+				e.Bitmap.Set(b)
+			}
+			wantEpoch(t, Encode(e), e)
+			seen[Encode(e)[64]]++
+			continue
+		}
 		for range rng.IntN(1 + int(e.Bitmap.Blocks())) {
 			first := rng.Int64N(e.Bitmap.Blocks())
 			last := first
@@ -87,12 +95,12 @@ func TestEveryBitmapComesBack(t *testing.T) {
 		if limit := headerSize + 8*len(e.Bitmap.Words()) + sha256.Size; len(data) > limit {
 			t.Fatalf("%d bytes, more than the bitmap itself", len(data))
 		}
-		if data[64] == encodingRaw {
-			raw++
-		}
+		seen[data[64]]++
 	}
-	if raw == 0 || raw == 500 {
-		t.Fatalf("%d of 500 were encoded raw: only one encoding was tried", raw)
+	for encoding := range byte(4) {
+		if seen[encoding] == 0 {
+			t.Errorf("encoding %d was never chosen: %v", encoding, seen)
+		}
 	}
 }
 
@@ -128,9 +136,21 @@ func TestRejectsWhatEncodeNeverWrites(t *testing.T) {
 		return seal(change(d[:len(d)-sha256.Size]))
 	}
 	for name, data := range map[string][]byte{
-		"Version":       body(func(d []byte) []byte { d[8] = 2; return d }),
-		"BlockSize":     body(func(d []byte) []byte { d[12] = 1; return d }),
-		"Encoding":      body(func(d []byte) []byte { d[64] = 2; return d }),
+		"Version":   body(func(d []byte) []byte { d[8] = 2; return d }),
+		"BlockSize": body(func(d []byte) []byte { d[12] = 1; return d }),
+		"Encoding":  body(func(d []byte) []byte { d[64] = 4; return d }),
+		"NoFrame":   body(func(d []byte) []byte { d[64] = 2; return d }),
+		"TwoFrames": body(func(d []byte) []byte {
+			d[64] = 2
+			z := compress(d[headerSize:])
+			return append(append(d[:headerSize], z...), z...)
+		}),
+		"FrameTooLong": body(func(d []byte) []byte { d[64] = 3; return append(d[:headerSize], compress(make([]byte, 40))...) }),
+		"FrameTruncated": body(func(d []byte) []byte {
+			d[64] = 2
+			z := compress(d[headerSize:])
+			return append(d[:headerSize], z[:len(z)-1]...)
+		}),
 		"Reserved":      body(func(d []byte) []byte { d[68] = 1; return d }),
 		"Huge":          body(func(d []byte) []byte { d[63] = 0x7f; return d }),
 		"RunOverTheEnd": body(func(d []byte) []byte { d[56] = 199; return d }),
@@ -167,7 +187,7 @@ func FuzzDecode(f *testing.F) {
 		if err != nil {
 			return
 		}
-		// One bitmap has two encodings, and Encode chooses.
+		// One bitmap has several encodings, and Encode chooses.
 		again, err := Decode(Encode(e))
 		if err != nil || again.Position != e.Position || !slices.Equal(again.Bitmap.Words(), e.Bitmap.Words()) {
 			t.Fatalf("came back as %v: %v", again, err)

@@ -61,19 +61,24 @@ func (l log) write(e kernel.Epoch) error {
 	if err := l.create(); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(l.dir, tempPrefix)
+	return writeFile(l.dir, filepath.Base(l.path(e.Position.Epoch)), Encode(e))
+}
+
+// writeFile makes a file whole and durable, in place of one that was there.
+func writeFile(dir, name string, data []byte) error {
+	f, err := os.CreateTemp(dir, tempPrefix)
 	if err != nil {
 		return fmt.Errorf("write epoch log: %w", err)
 	}
-	_, err = f.Write(Encode(e))
+	_, err = f.Write(data)
 	err = errors.Join(err, f.Sync(), f.Close())
 	if err == nil {
-		err = os.Rename(f.Name(), l.path(e.Position.Epoch))
+		err = os.Rename(f.Name(), filepath.Join(dir, name))
 	}
 	if err != nil {
 		return fmt.Errorf("write epoch log: %w", errors.Join(err, os.Remove(f.Name())))
 	}
-	return syncDir(l.dir)
+	return syncDir(dir)
 }
 
 // create makes the folder, durably from the state directory down.
@@ -91,16 +96,19 @@ func (l log) create() error {
 
 // sweep removes what a crash left half written.
 func (l log) sweep() error {
-	entries, err := os.ReadDir(l.dir)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("read epoch log: %w", err)
-	}
-	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), tempPrefix) {
-			if err := os.Remove(filepath.Join(l.dir, e.Name())); err != nil {
+	for _, dir := range []string{l.dir, filepath.Join(l.dir, holderDir)} {
+		entries, err := os.ReadDir(dir)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("read epoch log: %w", err)
+		}
+		for _, e := range entries {
+			if !strings.HasPrefix(e.Name(), tempPrefix) {
+				continue
+			}
+			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
 				return fmt.Errorf("tidy epoch log: %w", err)
 			}
 		}

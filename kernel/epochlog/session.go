@@ -175,7 +175,7 @@ func (s *Session) Since(ctx context.Context, pos kernel.Position) (*kernel.Bitma
 	}
 	union := kernel.NewBitmap(blocks)
 	for n := pos.Epoch + 1; n <= last; n++ {
-		if err := s.addEpoch(union, n); err != nil {
+		if union, err = s.addEpoch(union, n); err != nil {
 			return nil, err
 		}
 	}
@@ -201,25 +201,47 @@ func (s *Session) verify(pos kernel.Position) (blocks int64, err error) {
 	return blocks, nil
 }
 
-// addEpoch unites an ended epoch, of this session or of the log, into b.
-func (s *Session) addEpoch(b *kernel.Bitmap, n uint64) error {
+// addEpoch unites an ended epoch, of this session or of the log, into b, or
+// into a larger bitmap in its place where the device grew.
+func (s *Session) addEpoch(b *kernel.Bitmap, n uint64) (*kernel.Bitmap, error) {
 	if s.rotated != nil && s.rotated.Position.Epoch == n {
-		if err := b.Or(s.rotated.Bitmap); err != nil {
-			return broken("%w", err)
+		b, err := grown(b, s.rotated.Bitmap.Blocks(), n)
+		if err != nil {
+			return nil, err
 		}
-		return nil
+		if err := b.Or(s.rotated.Bitmap); err != nil {
+			return nil, broken("%w", err)
+		}
+		return b, nil
 	}
 	e, err := s.logged(n)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if e.blocks != b.Blocks() {
-		return broken("the device had %d blocks in epoch %d, and %d before: it changed its size", e.blocks, n, b.Blocks())
+	if b, err = grown(b, e.blocks, n); err != nil {
+		return nil, err
 	}
 	if err := e.addTo(b, e.payload); err != nil {
-		return broken("%w", err)
+		return nil, broken("%w", err)
 	}
-	return nil
+	return b, nil
+}
+
+// grown gives a bitmap of as many blocks, in which what the device did not have
+// before, and the block that may have been short, are marked. What a device
+// that shrank has lost cannot be known: it may have grown again in between.
+func grown(b *kernel.Bitmap, blocks int64, n uint64) (*kernel.Bitmap, error) {
+	had := b.Blocks()
+	if blocks < had {
+		return nil, broken("the device had %d blocks in epoch %d, and %d before: it shrank", blocks, n, had)
+	}
+	if blocks == had {
+		return b, nil
+	}
+	out := kernel.NewBitmap(blocks)
+	copy(out.Words(), b.Words())
+	out.SetRange(max(had-1, 0), blocks-1)
+	return out, nil
 }
 
 // logged finds an ended epoch of this history in the log.

@@ -192,7 +192,7 @@ func TestSinceNeverGuesses(t *testing.T) {
 			if err := os.WriteFile(l.path(2), Encode(e), 0o600); err != nil {
 				t.Fatal(err)
 			}
-		}, "changed its size"},
+		}, "shrank"},
 		"ForeignEntry": {func(t *testing.T, d *disk, dir string, _ *kernel.Position) {
 			l := logOf(dir, d.tracker.UUID())
 			e := kernel.Epoch{Position: kernel.Position{Tracker: kernel.NewUUID(), Epoch: 2}, Bitmap: kernel.NewBitmap(testBlocks)}
