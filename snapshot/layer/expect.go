@@ -77,22 +77,32 @@ func (s *Sums) Zeros(e kernel.Extent) (int64, bool, error) {
 	return min(e.Length, s.piece.End()-e.Offset), s.piece.Zero, nil
 }
 
-// sum loads the i-th sum of the piece's part, a blob of sums at a time.
+// sum loads the i-th sum of the piece's part.
 func (s *Sums) sum(p *Piece, i int64) (uint64, error) {
-	c, off := p.cursor, i*blocksum.Size
+	b, err := p.sums(s.ctx, s.m.from, i*blocksum.Size)
+	if err != nil {
+		return 0, err
+	}
+	return binary.LittleEndian.Uint64(b), nil
+}
+
+// sums loads the sums file of the piece's part from off on, as far as one of
+// its blobs goes; that is one sum at least. The last blob is kept.
+func (p *Piece) sums(ctx context.Context, from Loader, off int64) ([]byte, error) {
+	c := p.cursor
 	if c.sumsPart != p.Part || off < c.sumsFrom || off >= c.sumsFrom+int64(len(c.sums)) {
 		if len(p.Part.sums.Blobs) == 0 {
-			return 0, fmt.Errorf("%w: part at %d has no sums", ErrDamaged, p.Part.Index.Start)
+			return nil, fmt.Errorf("%w: part at %d has no sums", ErrDamaged, p.Part.Index.Start)
 		}
 		blob, in, left := p.Part.sums.Locate(off)
-		b, err := s.m.from.LoadMeta(s.ctx, p.Part.sums.Blobs[blob])
+		b, err := from.LoadMeta(ctx, p.Part.sums.Blobs[blob])
 		if err != nil {
-			return 0, fmt.Errorf("read sums: %w", err)
+			return nil, fmt.Errorf("read sums: %w", err)
 		}
 		if left < blocksum.Size || int64(len(b)) < in+blocksum.Size {
-			return 0, fmt.Errorf("%w: sums of part at %d are cut", ErrDamaged, p.Part.Index.Start)
+			return nil, fmt.Errorf("%w: sums of part at %d are cut", ErrDamaged, p.Part.Index.Start)
 		}
 		c.sums, c.sumsPart, c.sumsFrom = b, p.Part, off-in
 	}
-	return binary.LittleEndian.Uint64(c.sums[off-c.sumsFrom:]), nil
+	return c.sums[off-c.sumsFrom:], nil
 }

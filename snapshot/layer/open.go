@@ -60,11 +60,16 @@ func openLayer(ctx context.Context, from Loader, n *repo.Node) (*Layer, error) {
 	if err != nil || n.Subtree == nil {
 		return nil, fmt.Errorf("%w: %q is not a layer", ErrDamaged, n.Name)
 	}
-	tree, err := from.LoadTree(ctx, *n.Subtree)
+	return OpenTree(ctx, from, number, *n.Subtree)
+}
+
+// OpenTree opens a layer by its tree, and gives it a number.
+func OpenTree(ctx context.Context, from Loader, number uint64, id repo.ID) (*Layer, error) {
+	tree, err := from.LoadTree(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	l := &Layer{Number: number, Tree: *n.Subtree}
+	l := &Layer{Number: number, Tree: id}
 	for _, p := range tree.Nodes {
 		start, err := parseName(p.Name)
 		if err != nil || p.Subtree == nil || int64(start) < 0 {
