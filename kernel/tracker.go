@@ -25,7 +25,8 @@ type Epoch struct {
 // `track status --json`.
 type Status struct {
 	Device      string `json:"device"`
-	Tracker     string `json:"tracker"` // "bpf" or "dm"
+	Below       string `json:"below,omitempty"` // dm: the device beneath Device
+	Tracker     string `json:"tracker"`         // "bpf" or "dm"
 	UUID        UUID   `json:"uuid"`
 	Epoch       uint64 `json:"epoch"` // the running one; the first is 1
 	BlockSize   int    `json:"block_size"`

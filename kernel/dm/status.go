@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package dm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dsync-backup/dsync-backup/kernel"
+	"github.com/dsync-backup/dsync-backup/kernel/devmapper"
+)
+
+// renewed is what happens next, whatever the reason.
+const renewed = "; the next backup begins a new history"
+
+// Status looks at the history, the mapped device and its table; see
+// [kernel.Tracker].
+func (t *Tracker) Status(ctx context.Context) (kernel.Status, error) {
+	st := kernel.Status{Device: t.Device(), Below: t.Below(), Tracker: "dm", UUID: t.uuid, BlockSize: kernel.BlockSize}
+	r, err := t.look(ctx)
+	if errors.Is(err, kernel.ErrNotTracked) {
+		st.Reason = "tracking was stopped, or begun anew"
+		return st, nil
+	}
+	if err != nil {
+		return kernel.Status{}, err
+	}
+	st.Device, st.Epoch = t.Device(), r.epoch
+	if st.DirtyBlocks, err = t.dirty(ctx, r); err != nil {
+		return kernel.Status{}, err
+	}
+	st.Reason, err = t.inspect(ctx, r)
+	st.Reliable = st.Reason == ""
+	return st, err
+}
+
+// dirty counts the blocks of the running and of the pending epoch, each once.
+func (t *Tracker) dirty(ctx context.Context, r record) (int64, error) {
+	if r.dirty == 0 || r.pendingDirty == 0 {
+		return r.dirty + r.pendingDirty, nil
+	}
+	b := kernel.NewBitmap(max(r.blocks, r.pendingBlocks))
+	if err := addBits(r.dir, fileActive, b); err != nil {
+		return 0, err
+	}
+	if err := addBits(r.dir, fileFrozen, b); err != nil {
+		return 0, err
+	}
+	if after, err := t.look(ctx); err != nil || !r.sameEpochs(after) {
+		return max(r.dirty, r.pendingDirty), err
+	}
+	return b.Count(), nil
+}
+
+// inspect says why the tracker is not reliable, or nothing. A device that is
+// only suspended is none of the reasons: nothing is written to it meanwhile.
+func (t *Tracker) inspect(ctx context.Context, r record) (string, error) {
+	if r.invalid != "" {
+		return r.invalid + renewed, nil
+	}
+	if !r.live {
+		return "its table is not live yet: resume the device", nil
+	}
+	reason, err := t.inspectTable(r)
+	if reason == "" || err != nil {
+		return reason, err
+	}
+	// So that it stays so when the table is put right again.
+	if err := t.Invalidate(ctx, reason); err != nil && !errors.Is(err, kernel.ErrNotTracked) {
+		return reason + renewed, nil //nolint:nilerr // a table without our target cannot be told; the module knows
+	}
+	return reason + renewed, nil
+}
+
+// inspectTable looks whether the live table has the whole device pass through
+// the target.
+func (t *Tracker) inspectTable(r record) (string, error) {
+	const gone = "the mapped device is gone"
+	before, err := devmapper.Stat(r.name)
+	if errors.Is(err, unix.ENXIO) {
+		return gone, nil
+	}
+	if err != nil {
+		return "", err
+	}
+	if before.Dev != t.dev {
+		return gone, nil
+	}
+	table, err := devmapper.Table(r.name, devmapper.Query{})
+	if err != nil {
+		return "", err
+	}
+	if len(table) == 0 || table[0].Type != targetType || table[0].Start != 0 {
+		return fmt.Sprintf("the table of %s was changed to one that does not track", t.Device()), nil
+	}
+	if len(table) > 1 {
+		return fmt.Sprintf("%s has other targets behind the one that tracks", t.Device()), nil
+	}
+	d, err := describe(t.dev)
+	if err != nil {
+		return "", err
+	}
+	// While a table of another length is put in place, the device is suspended
+	// and the three need not agree.
+	after, err := devmapper.Stat(r.name)
+	if err != nil {
+		return "", err
+	}
+	again, err := find(t.dev, r.dir)
+	if err != nil || before.Suspended || after.Suspended || before.Event != after.Event || again.sectors != r.sectors {
+		return "", nil //nolint:nilerr // gone since: the next look says so
+	}
+	if d.sectors != r.sectors || table[0].Length != r.sectors {
+		return fmt.Sprintf("%s has %d sectors, of which %d are tracked", t.Device(), d.sectors, r.sectors), nil
+	}
+	return "", nil
+}

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package trackers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dsync-backup/dsync-backup/kernel"
+	"github.com/dsync-backup/dsync-backup/kernel/bpf"
+	"github.com/dsync-backup/dsync-backup/kernel/dm"
+)
+
+// Tracker is a tracker of any kind.
+type Tracker interface {
+	kernel.Tracker
+
+	// UUID names the tracker's history.
+	UUID() kernel.UUID
+	// Device is the node by which the device is to be used.
+	Device() string
+	// Size is the device's size in bytes when the tracker was opened.
+	Size() int64
+	// Stop ends the history. The tracker is closed, unless it fails.
+	Stop(ctx context.Context) error
+}
+
+var (
+	_ Tracker = (*bpf.Tracker)(nil)
+	_ Tracker = (*dm.Tracker)(nil)
+)
+
+// Kind is a kind of tracker.
+type Kind string
+
+// The kinds. Auto takes DM where the module is there and the device can be
+// claimed, else BPF.
+const (
+	Auto Kind = "auto"
+	DM   Kind = "dm"
+	BPF  Kind = "bpf"
+)
+
+// Open finds the tracker of a device: [kernel.ErrNotTracked] if there is none.
+// The path may also be that of the device beneath a mapped one; [Instead] tells.
+func Open(path string) (Tracker, error) {
+	d, dmErr := dm.Open(path)
+	if dmErr == nil && !beneath(d, path) {
+		return d, nil
+	}
+	b, bpfErr := bpf.Open(path)
+	switch {
+	case bpfErr == nil:
+		return b, nil
+	case dmErr == nil:
+		return d, nil
+	case errors.Is(dmErr, kernel.ErrNotTracked) && bpf.Supported() != nil:
+		return nil, dmErr // what does not run here watches nothing
+	case errors.Is(dmErr, kernel.ErrNotTracked):
+		return nil, bpfErr
+	case errors.Is(bpfErr, kernel.ErrNotTracked) || bpf.Supported() != nil:
+		return nil, dmErr
+	}
+	return nil, errors.Join(dmErr, bpfErr)
+}
+
+// beneath reports whether the path leads to the device beneath, not to the
+// mapped one.
+func beneath(d *dm.Tracker, path string) bool {
+	var st unix.Stat_t
+	return unix.Stat(path, &st) != nil || st.Rdev != d.Dev()
+}
+
+// Instead names the mapped device that is to be used in place of the device at
+// a path, because it tracks what is written; "" if there is none.
+func Instead(path string) string {
+	d, err := dm.Open(path)
+	if err != nil || !beneath(d, path) {
+		return ""
+	}
+	return d.Device()
+}
+
+// List opens every tracker of this machine. With an error, what it returns is
+// all that could be found.
+func List() ([]Tracker, error) {
+	var out []Tracker
+	dms, dmErr := dm.List()
+	for _, t := range dms {
+		out = append(out, t)
+	}
+	bpfs, bpfErr := bpf.List()
+	for _, t := range bpfs {
+		out = append(out, t)
+	}
+	if bpfErr != nil && bpf.Supported() != nil {
+		bpfErr = nil
+	}
+	return out, errors.Join(dmErr, bpfErr)
+}
+
+// Options tune Start.
+type Options struct {
+	Kind Kind   // default: Auto
+	Name string // of the mapped device that DM makes; see [dm.Options]
+
+	// Warn is told why Auto could not take DM although the module is there.
+	Warn func(error)
+}
+
+// Start begins a new history of a device. It fails if the device is tracked
+// already, or is of a kind that cannot be tracked.
+func Start(ctx context.Context, path string, o Options) (Tracker, error) {
+	old, err := Open(path)
+	if err == nil {
+		defer old.Close()
+		return nil, fmt.Errorf("track %s: it is tracked already, as %s (%s): run `track stop` first", path, old.Device(), old.UUID())
+	}
+	switch o.Kind {
+	case BPF:
+		return startBPF(ctx, path)
+	case DM:
+		return startDM(ctx, path, o)
+	case Auto, "":
+	default:
+		return nil, fmt.Errorf("tracker %q is not one of auto, dm, bpf", o.Kind)
+	}
+	err = dm.Supported()
+	if err == nil {
+		var t Tracker
+		if t, err = startDM(ctx, path, o); err == nil || !errors.Is(err, dm.ErrInUse) {
+			return t, err
+		}
+	}
+	if o.Warn != nil && !errors.Is(err, dm.ErrNoModule) {
+		o.Warn(fmt.Errorf("not tracked with the kernel module: %w", err))
+	}
+	return startBPF(ctx, path)
+}
+
+// startDM and startBPF keep a nil pointer from becoming a Tracker that is not
+// nil.
+func startDM(ctx context.Context, path string, o Options) (Tracker, error) {
+	t, err := dm.Start(ctx, path, dm.Options{Name: o.Name})
+	if err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+func startBPF(ctx context.Context, path string) (Tracker, error) {
+	t, err := bpf.Start(ctx, path, bpf.Options{})
+	if err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// Renew ends a history that cannot be trusted and begins another of the same
+// kind, while the device is in use. Another process may do the same at the same
+// time; then both get the one new history. On an error the tracker is closed.
+func Renew(ctx context.Context, t Tracker) (Tracker, error) {
+	switch t := t.(type) {
+	case *dm.Tracker:
+		if err := t.Restart(ctx); err != nil {
+			return nil, errors.Join(err, t.Close())
+		}
+		return t, nil
+	case *bpf.Tracker:
+		return renewBPF(ctx, t)
+	}
+	return nil, fmt.Errorf("renew tracker of %s: its kind is not known", t.Device())
+}
+
+func renewBPF(ctx context.Context, old *bpf.Tracker) (Tracker, error) {
+	path := old.Device()
+	if err := old.Stop(ctx); err != nil && !errors.Is(err, kernel.ErrNotTracked) {
+		return nil, fmt.Errorf("end the tracker that missed something: %w", err)
+	}
+	t, err := startBPF(ctx, path)
+	if err != nil {
+		if other, openErr := bpf.Open(path); openErr == nil {
+			return other, nil
+		}
+		return nil, fmt.Errorf("track %s afresh: %w", path, err)
+	}
+	return t, nil
+}
