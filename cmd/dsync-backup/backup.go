@@ -70,6 +70,9 @@ func runBackup(ctx context.Context, g *globals, f *backupFlags, path string) (er
 	if err != nil {
 		return err
 	}
+	if err := checkBeneath(path); err != nil {
+		return err
+	}
 	p := g.progress("backup")
 	defer p.end()
 	src, err := openSource(ctx, g, f, p, path)

@@ -10,15 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
-	"github.com/dsync-backup/dsync-backup/kernel/bpf"
 	"github.com/dsync-backup/dsync-backup/kernel/epochlog"
+	"github.com/dsync-backup/dsync-backup/kernel/trackers"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
 )
 
 // history is a tracker with its epoch log.
 type history struct {
 	*epochlog.Session
-	tracker *bpf.Tracker
+	tracker trackers.Tracker
 }
 
 // Status implements snapshot.History.
@@ -44,9 +44,12 @@ func openHistory(ctx context.Context, g *globals, d *device.Device) (*history, s
 	if err := unix.Stat(path, &st); err != nil || device.Number(st.Rdev) != d.Dev() {
 		return nil, path + " is another device than the one that was opened", nil //nolint:nilerr // the reason says it
 	}
-	t, err := bpf.Open(path)
-	if err != nil && (errors.Is(err, kernel.ErrNotTracked) || bpf.Supported() != nil) {
-		return nil, "", nil //nolint:nilerr // what does not run here watches nothing
+	if err := checkBeneath(path); err != nil {
+		return nil, "", err
+	}
+	t, err := trackers.Open(path)
+	if errors.Is(err, kernel.ErrNotTracked) {
+		return nil, "", nil
 	}
 	if err != nil {
 		return nil, fmt.Sprintf("the tracker cannot be asked: %v", err), nil
@@ -58,7 +61,7 @@ func openHistory(ctx context.Context, g *globals, d *device.Device) (*history, s
 	reason := ""
 	if !status.Reliable {
 		reason = status.Reason
-		if t, err = renew(ctx, t, path); err != nil {
+		if t, err = trackers.Renew(ctx, t, path); err != nil {
 			return nil, fmt.Sprintf("%s; and it cannot be started afresh: %v", reason, err), nil
 		}
 	}
@@ -69,18 +72,12 @@ func openHistory(ctx context.Context, g *globals, d *device.Device) (*history, s
 	return &history{s, t}, reason, s.Unlock()
 }
 
-// renew ends a history that cannot be trusted and begins another. Another
-// backup may do the same at the same time.
-func renew(ctx context.Context, old *bpf.Tracker, path string) (*bpf.Tracker, error) {
-	if err := old.Stop(ctx); err != nil && !errors.Is(err, kernel.ErrNotTracked) {
-		return nil, fmt.Errorf("end the tracker that missed something: %w", err)
+// checkBeneath refuses the device beneath a tracked mapped device: what is
+// written to the one is read from the other by another way, and under another
+// name it would be another device's snapshot.
+func checkBeneath(path string) error {
+	if above := trackers.Instead(path); above != "" {
+		return fmt.Errorf("%s is tracked as %s: back that up", path, above)
 	}
-	t, err := bpf.Start(ctx, path, bpf.Options{})
-	if err != nil {
-		if other, openErr := bpf.Open(path); openErr == nil {
-			return other, nil
-		}
-		return nil, fmt.Errorf("track %s afresh: %w", path, err)
-	}
-	return t, nil
+	return nil
 }

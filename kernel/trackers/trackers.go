@@ -161,8 +161,9 @@ func startBPF(ctx context.Context, path string) (Tracker, error) {
 
 // Renew ends a history that cannot be trusted and begins another of the same
 // kind, while the device is in use. Another process may do the same at the same
-// time; then both get the one new history. On an error the tracker is closed.
-func Renew(ctx context.Context, t Tracker) (Tracker, error) {
+// time; then both get the one new history. The path is one to the device. On
+// an error the tracker is closed.
+func Renew(ctx context.Context, t Tracker, path string) (Tracker, error) {
 	switch t := t.(type) {
 	case *dm.Tracker:
 		if err := t.Restart(ctx); err != nil {
@@ -170,13 +171,12 @@ func Renew(ctx context.Context, t Tracker) (Tracker, error) {
 		}
 		return t, nil
 	case *bpf.Tracker:
-		return renewBPF(ctx, t)
+		return renewBPF(ctx, t, path)
 	}
 	return nil, fmt.Errorf("renew tracker of %s: its kind is not known", t.Device())
 }
 
-func renewBPF(ctx context.Context, old *bpf.Tracker) (Tracker, error) {
-	path := old.Device()
+func renewBPF(ctx context.Context, old *bpf.Tracker, path string) (Tracker, error) {
 	if err := old.Stop(ctx); err != nil && !errors.Is(err, kernel.ErrNotTracked) {
 		return nil, fmt.Errorf("end the tracker that missed something: %w", err)
 	}
