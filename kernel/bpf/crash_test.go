@@ -102,8 +102,9 @@ func wantKilled(t *testing.T, cmd *exec.Cmd) {
 }
 
 func TestCrashedStartLeavesNoTrackerAndCanBeStartedAgain(t *testing.T) {
+	any, _ := newLoop(t, 8<<20)
 	points := []string{"made folder", "pinned maps"}
-	for _, name := range programNames {
+	for _, name := range wantedPrograms(t, any) {
 		points = append(points, "attached "+name)
 	}
 	for _, point := range points {

@@ -4,10 +4,13 @@
  * Marks every 4 KiB block of one disk, or of a sector range of it, that may
  * have been written. See docs/tracking.md for why each step is sound.
  *
- * Each write is marked three times: when its bio is queued, when its request
- * goes to the driver, and when it completes. Between the last two it is also
- * in the table of writes in flight, from which a rotation carries it over into
- * the new epoch. Device content changes only while a write is in that table.
+ * Of a disk whose driver takes requests, each write is marked three times: when
+ * its bio is queued, when its request goes to the driver, and when it completes.
+ * Between the last two it is also in the table of writes in flight, from which a
+ * rotation carries it over into the new epoch. Of a disk that takes bios
+ * (device-mapper) there are no requests: a bio is in the table from its
+ * queueing to its completion. Either way device content changes only while a
+ * write is in that table.
  */
 #include "kernel.bpf.h"
 
@@ -32,6 +35,7 @@
 #define F_LONG_CHAIN (1 << 5)
 #define F_REPLACED (1 << 6)
 #define F_HIBERNATED (1 << 7)
+#define F_SWAPS_FULL (1 << 8)
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -41,6 +45,9 @@ const volatile __u32 disk_minor;
 const volatile __u64 disk_seq;
 const volatile __u64 start_sector;
 const volatile __u64 end_sector;
+const volatile bool takes_bios;
+/* The address of bio_chain_endio(), by which the part of a split bio is known. */
+const volatile __u64 chain_endio;
 
 struct bitmap {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -73,10 +80,11 @@ struct {
 struct span {
 	__u64 start; /* sectors on the disk */
 	__u64 end;
-	__u64 done; /* bit i: copy i has seen the completion */
+	__u64 done; /* of a request. Bit i: copy i has seen the completion */
+	__u64 since; /* of a bio: when it was queued, in ns of the coarse clock */
 };
 
-/* Writes that the driver has, by the address of their request. */
+/* Writes in flight, by the address of their request or bio. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1); /* set at load */
@@ -260,19 +268,7 @@ __inline bool is_write_of_ours(struct request *rq, __u32 op)
 	return 1;
 }
 
-__inline int on_bio_queue(struct bio *bio)
-{
-	__u32 op = bio->bi_opf & REQ_OP_MASK;
-	__u64 start;
-
-	if (!(op & 1) || op == REQ_OP_DRV_OUT || !is_ours(bio->bi_bdev->bd_disk))
-		return 0;
-	if (!is_known(op))
-		raise(F_UNKNOWN_OP);
-	start = bio->bi_iter.bi_sector;
-	mark(start, start + (((__u64)bio->bi_iter.bi_size + 511) >> SECTOR_SHIFT));
-	return 0;
-}
+#include "bio.bpf.h"
 
 __inline int on_issue(struct request *rq)
 {
@@ -339,10 +335,12 @@ __inline int on_complete(struct request *rq, __u32 error, __u32 nr_bytes, __u32 
 	SEC("tp_btf/" tracepoint) int name##_2(__u64 *ctx) { return call2; }
 
 #define QUEUE on_bio_queue((struct bio *)ctx[0])
+#define BIO_COMPLETE(copy) on_bio_complete((struct bio *)ctx[1], copy)
 #define ISSUE on_issue((struct request *)ctx[0])
 #define COMPLETE(copy) on_complete((struct request *)ctx[0], ctx[1], ctx[2], copy)
 
 THREE_COPIES(bio_queue, "block_bio_queue", QUEUE, QUEUE, QUEUE)
+THREE_COPIES(bio_complete, "block_bio_complete", BIO_COMPLETE(0), BIO_COMPLETE(1), BIO_COMPLETE(2))
 THREE_COPIES(rq_issue, "block_rq_issue", ISSUE, ISSUE, ISSUE)
 THREE_COPIES(rq_complete, "block_rq_complete", COMPLETE(0), COMPLETE(1), COMPLETE(2))
 
@@ -354,5 +352,13 @@ SEC("tp_btf/suspend_resume") int hibernate(__u64 *ctx)
 {
 	if ((__u32)ctx[1] == PM_EVENT_HIBERNATE)
 		raise(F_HIBERNATED);
+	return 0;
+}
+
+/* A table that is put in place where there was none changes nothing. */
+SEC("fexit/dm_swap_table") int table_swap(__u64 *ctx)
+{
+	if (ctx[2])
+		count_swap((struct mapped_device *)ctx[0]);
 	return 0;
 }

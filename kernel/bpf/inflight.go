@@ -127,6 +127,9 @@ func (t *Tracker) writesInFlight() int64 {
 	if readText(t.target.sysfs("queue/iostats")) != "1" {
 		return -1 // it does not count
 	}
+	if t.target.mapped && readText(t.target.sysfs("dm/suspended")) != "0" {
+		return -1 // what waits for the resume is not counted
+	}
 	var reads, writes int64
 	if n, _ := fmt.Fscan(strings.NewReader(readText(t.target.sysfs("inflight"))), &reads, &writes); n != 2 {
 		return -1

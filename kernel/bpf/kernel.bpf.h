@@ -19,12 +19,16 @@ typedef _Bool bool;
 #define __inline static inline __attribute__((always_inline))
 #define __subprog static __attribute__((noinline))
 #define __core __attribute__((preserve_access_index))
+#define __enum_value(type, name) __builtin_preserve_enum_value(*(typeof(type) *)name, 1)
 
 /* enum bpf_map_type, enum bpf_map_update_elem_flags, BPF_MAP_CREATE flags */
 #define BPF_MAP_TYPE_HASH 1
 #define BPF_MAP_TYPE_ARRAY 2
+#define BPF_MAP_TYPE_PERCPU_ARRAY 6
 #define BPF_MAP_TYPE_ARRAY_OF_MAPS 12
 #define BPF_ANY 0
+#define BPF_NOEXIST 1
+#define BPF_F_NO_PREALLOC (1U << 0)
 #define BPF_F_MMAPABLE (1U << 10)
 
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
@@ -32,6 +36,8 @@ static long (*bpf_map_update_elem)(void *map, const void *key, const void *value
 				   __u64 flags) = (void *)2;
 static long (*bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
 static long (*bpf_probe_read_kernel)(void *dst, __u32 size, const void *src) = (void *)113;
+static __u64 (*bpf_ktime_get_coarse_ns)(void) = (void *)160;
+static long (*bpf_for_each_map_elem)(void *map, void *fn, void *ctx, __u64 flags) = (void *)164;
 static long (*bpf_loop)(__u32 n, void *fn, void *ctx, __u64 flags) = (void *)181;
 
 /*
@@ -66,7 +72,19 @@ struct bio {
 	struct bio *bi_next;
 	struct block_device *bi_bdev;
 	unsigned int bi_opf;
+	unsigned short bi_flags;
 	struct bvec_iter bi_iter;
+	void *bi_end_io;
+	void *bi_private;
+} __core;
+
+/* Bits of bi_flags; the name alone matters, the number is the running kernel's. */
+enum bio_flag {
+	BIO_TRACE_COMPLETION = 1,
+};
+
+struct mapped_device {
+	struct gendisk *disk;
 } __core;
 
 struct request_queue {

@@ -24,13 +24,15 @@ const (
 // state is the rest of a start that crashed.
 var mapNames = [mapCount]string{
 	objectMapState, objectMapVerdict, objectMapActive, objectMapBits0, objectMapBits1,
-	objectMapRaised, objectMapSettled, objectMapInflight,
+	objectMapRaised, objectMapSettled, objectMapInflight, objectMapSwaps, objectMapStack,
 }
 
 // programNames lists the programs in the order of their attachment: completion
 // first, then issue, then submission, so that no write which is seen to begin
-// can end unseen.
+// can end unseen. A tracker has those that [target.wants].
 var programNames = [linkCount]string{
+	objectProgTableSwap,
+	objectProgBioComplete0, objectProgBioComplete1, objectProgBioComplete2,
 	objectProgRqComplete0, objectProgRqComplete1, objectProgRqComplete2,
 	objectProgRqIssue0, objectProgRqIssue1, objectProgRqIssue2,
 	objectProgBioQueue0, objectProgBioQueue1, objectProgBioQueue2,
@@ -76,7 +78,7 @@ func available() error {
 	if err != nil {
 		return unsupported("read the kernel's BTF: %w", err)
 	}
-	for _, tp := range []string{"block_bio_queue", "block_rq_issue", "block_rq_complete"} {
+	for _, tp := range []string{"block_bio_queue", "block_bio_complete", "block_rq_issue", "block_rq_complete"} {
 		if _, err := kernelTypes.AnyTypeByName("btf_trace_" + tp); err != nil {
 			return unsupported("the kernel has no tracepoint %s", tp)
 		}
@@ -93,12 +95,26 @@ func specify(t target) (*ebpf.CollectionSpec, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the eBPF object: %w", err)
 	}
+	var chainEndio uint64
+	if t.mapped {
+		if chainEndio, err = kernelSymbol("bio_chain_endio"); err != nil {
+			return nil, err
+		}
+		spec.Maps[objectMapSwaps].MaxEntries = maxSwaps
+	}
+	for name := range spec.Programs {
+		if !t.wants(name) {
+			delete(spec.Programs, name)
+		}
+	}
 	for name, value := range map[string]any{
 		objectVarDiskMajor:   t.diskDev.major,
 		objectVarDiskMinor:   t.diskDev.minor,
 		objectVarDiskSeq:     t.diskSeq,
 		objectVarStartSector: t.start,
 		objectVarEndSector:   t.start + t.sectors,
+		objectVarTakesBios:   t.mapped,
+		objectVarChainEndio:  chainEndio,
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s in the eBPF object: %w", name, err)
@@ -157,13 +173,17 @@ func pinMaps(coll *ebpf.Collection, dir string, s *state) error {
 }
 
 // attach attaches and pins the programs in their order, and notes their IDs.
-func attach(coll *ebpf.Collection, dir string, s *state, o Options) error {
+func attach(t target, coll *ebpf.Collection, dir string, s *state, o Options) error {
 	for i, name := range programNames {
 		prog := coll.Programs[name]
-		if prog == nil && name == objectProgHibernate || o.skip(name) {
+		if !t.wants(name) || prog == nil && name == objectProgHibernate || o.skip(name) {
 			continue
 		}
-		if err := attachOne(prog, filepath.Join(dir, pinPrefix+name), &s.Links[i], &s.Progs[i]); err != nil {
+		kind := ebpf.AttachTraceRawTp
+		if name == objectProgTableSwap {
+			kind = ebpf.AttachTraceFExit
+		}
+		if err := attachOne(prog, kind, filepath.Join(dir, pinPrefix+name), &s.Links[i], &s.Progs[i]); err != nil {
 			return fmt.Errorf("attach %s: %w", name, err)
 		}
 		o.hook("attached " + name)
@@ -171,8 +191,8 @@ func attach(coll *ebpf.Collection, dir string, s *state, o Options) error {
 	return nil
 }
 
-func attachOne(prog *ebpf.Program, pin string, linkID, progID *uint32) error {
-	l, err := link.AttachTracing(link.TracingOptions{Program: prog, AttachType: ebpf.AttachTraceRawTp})
+func attachOne(prog *ebpf.Program, kind ebpf.AttachType, pin string, linkID, progID *uint32) error {
+	l, err := link.AttachTracing(link.TracingOptions{Program: prog, AttachType: kind})
 	if err != nil {
 		return err
 	}

@@ -18,6 +18,7 @@ type objectSpan struct {
 	Start uint64
 	End   uint64
 	Done  uint64
+	Since uint64
 }
 
 type objectState struct {
@@ -29,29 +30,38 @@ type objectState struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	objectMapActive       = "active"
-	objectMapBits0        = "bits0"
-	objectMapBits1        = "bits1"
-	objectMapInflight     = "inflight"
-	objectMapRaised       = "raised"
-	objectMapSettled      = "settled"
-	objectMapState        = "state"
-	objectMapVerdict      = "verdict"
-	objectProgBioQueue0   = "bio_queue_0"
-	objectProgBioQueue1   = "bio_queue_1"
-	objectProgBioQueue2   = "bio_queue_2"
-	objectProgHibernate   = "hibernate"
-	objectProgRqComplete0 = "rq_complete_0"
-	objectProgRqComplete1 = "rq_complete_1"
-	objectProgRqComplete2 = "rq_complete_2"
-	objectProgRqIssue0    = "rq_issue_0"
-	objectProgRqIssue1    = "rq_issue_1"
-	objectProgRqIssue2    = "rq_issue_2"
-	objectVarDiskMajor    = "disk_major"
-	objectVarDiskMinor    = "disk_minor"
-	objectVarDiskSeq      = "disk_seq"
-	objectVarEndSector    = "end_sector"
-	objectVarStartSector  = "start_sector"
+	objectMapActive        = "active"
+	objectMapBits0         = "bits0"
+	objectMapBits1         = "bits1"
+	objectMapInflight      = "inflight"
+	objectMapRaised        = "raised"
+	objectMapRunning       = "running"
+	objectMapSettled       = "settled"
+	objectMapStack         = "stack"
+	objectMapState         = "state"
+	objectMapSwaps         = "swaps"
+	objectMapVerdict       = "verdict"
+	objectProgBioComplete0 = "bio_complete_0"
+	objectProgBioComplete1 = "bio_complete_1"
+	objectProgBioComplete2 = "bio_complete_2"
+	objectProgBioQueue0    = "bio_queue_0"
+	objectProgBioQueue1    = "bio_queue_1"
+	objectProgBioQueue2    = "bio_queue_2"
+	objectProgHibernate    = "hibernate"
+	objectProgRqComplete0  = "rq_complete_0"
+	objectProgRqComplete1  = "rq_complete_1"
+	objectProgRqComplete2  = "rq_complete_2"
+	objectProgRqIssue0     = "rq_issue_0"
+	objectProgRqIssue1     = "rq_issue_1"
+	objectProgRqIssue2     = "rq_issue_2"
+	objectProgTableSwap    = "table_swap"
+	objectVarChainEndio    = "chain_endio"
+	objectVarDiskMajor     = "disk_major"
+	objectVarDiskMinor     = "disk_minor"
+	objectVarDiskSeq       = "disk_seq"
+	objectVarEndSector     = "end_sector"
+	objectVarStartSector   = "start_sector"
+	objectVarTakesBios     = "takes_bios"
 )
 
 // loadObject returns the embedded CollectionSpec for object.
@@ -96,16 +106,20 @@ type objectSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type objectProgramSpecs struct {
-	BioQueue0   *ebpf.ProgramSpec `ebpf:"bio_queue_0"`
-	BioQueue1   *ebpf.ProgramSpec `ebpf:"bio_queue_1"`
-	BioQueue2   *ebpf.ProgramSpec `ebpf:"bio_queue_2"`
-	Hibernate   *ebpf.ProgramSpec `ebpf:"hibernate"`
-	RqComplete0 *ebpf.ProgramSpec `ebpf:"rq_complete_0"`
-	RqComplete1 *ebpf.ProgramSpec `ebpf:"rq_complete_1"`
-	RqComplete2 *ebpf.ProgramSpec `ebpf:"rq_complete_2"`
-	RqIssue0    *ebpf.ProgramSpec `ebpf:"rq_issue_0"`
-	RqIssue1    *ebpf.ProgramSpec `ebpf:"rq_issue_1"`
-	RqIssue2    *ebpf.ProgramSpec `ebpf:"rq_issue_2"`
+	BioComplete0 *ebpf.ProgramSpec `ebpf:"bio_complete_0"`
+	BioComplete1 *ebpf.ProgramSpec `ebpf:"bio_complete_1"`
+	BioComplete2 *ebpf.ProgramSpec `ebpf:"bio_complete_2"`
+	BioQueue0    *ebpf.ProgramSpec `ebpf:"bio_queue_0"`
+	BioQueue1    *ebpf.ProgramSpec `ebpf:"bio_queue_1"`
+	BioQueue2    *ebpf.ProgramSpec `ebpf:"bio_queue_2"`
+	Hibernate    *ebpf.ProgramSpec `ebpf:"hibernate"`
+	RqComplete0  *ebpf.ProgramSpec `ebpf:"rq_complete_0"`
+	RqComplete1  *ebpf.ProgramSpec `ebpf:"rq_complete_1"`
+	RqComplete2  *ebpf.ProgramSpec `ebpf:"rq_complete_2"`
+	RqIssue0     *ebpf.ProgramSpec `ebpf:"rq_issue_0"`
+	RqIssue1     *ebpf.ProgramSpec `ebpf:"rq_issue_1"`
+	RqIssue2     *ebpf.ProgramSpec `ebpf:"rq_issue_2"`
+	TableSwap    *ebpf.ProgramSpec `ebpf:"table_swap"`
 }
 
 // objectMapSpecs contains maps before they are loaded into the kernel.
@@ -117,8 +131,11 @@ type objectMapSpecs struct {
 	Bits1    *ebpf.MapSpec `ebpf:"bits1"`
 	Inflight *ebpf.MapSpec `ebpf:"inflight"`
 	Raised   *ebpf.MapSpec `ebpf:"raised"`
+	Running  *ebpf.MapSpec `ebpf:"running"`
 	Settled  *ebpf.MapSpec `ebpf:"settled"`
+	Stack    *ebpf.MapSpec `ebpf:"stack"`
 	State    *ebpf.MapSpec `ebpf:"state"`
+	Swaps    *ebpf.MapSpec `ebpf:"swaps"`
 	Verdict  *ebpf.MapSpec `ebpf:"verdict"`
 }
 
@@ -126,11 +143,13 @@ type objectMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type objectVariableSpecs struct {
+	ChainEndio  *ebpf.VariableSpec `ebpf:"chain_endio"`
 	DiskMajor   *ebpf.VariableSpec `ebpf:"disk_major"`
 	DiskMinor   *ebpf.VariableSpec `ebpf:"disk_minor"`
 	DiskSeq     *ebpf.VariableSpec `ebpf:"disk_seq"`
 	EndSector   *ebpf.VariableSpec `ebpf:"end_sector"`
 	StartSector *ebpf.VariableSpec `ebpf:"start_sector"`
+	TakesBios   *ebpf.VariableSpec `ebpf:"takes_bios"`
 }
 
 // objectObjects contains all objects after they have been loaded into the kernel.
@@ -158,8 +177,11 @@ type objectMaps struct {
 	Bits1    *ebpf.Map `ebpf:"bits1"`
 	Inflight *ebpf.Map `ebpf:"inflight"`
 	Raised   *ebpf.Map `ebpf:"raised"`
+	Running  *ebpf.Map `ebpf:"running"`
 	Settled  *ebpf.Map `ebpf:"settled"`
+	Stack    *ebpf.Map `ebpf:"stack"`
 	State    *ebpf.Map `ebpf:"state"`
+	Swaps    *ebpf.Map `ebpf:"swaps"`
 	Verdict  *ebpf.Map `ebpf:"verdict"`
 }
 
@@ -170,8 +192,11 @@ func (m *objectMaps) Close() error {
 		m.Bits1,
 		m.Inflight,
 		m.Raised,
+		m.Running,
 		m.Settled,
+		m.Stack,
 		m.State,
+		m.Swaps,
 		m.Verdict,
 	)
 }
@@ -180,31 +205,40 @@ func (m *objectMaps) Close() error {
 //
 // It can be passed to loadObjectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type objectVariables struct {
+	ChainEndio  *ebpf.Variable `ebpf:"chain_endio"`
 	DiskMajor   *ebpf.Variable `ebpf:"disk_major"`
 	DiskMinor   *ebpf.Variable `ebpf:"disk_minor"`
 	DiskSeq     *ebpf.Variable `ebpf:"disk_seq"`
 	EndSector   *ebpf.Variable `ebpf:"end_sector"`
 	StartSector *ebpf.Variable `ebpf:"start_sector"`
+	TakesBios   *ebpf.Variable `ebpf:"takes_bios"`
 }
 
 // objectPrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to loadObjectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type objectPrograms struct {
-	BioQueue0   *ebpf.Program `ebpf:"bio_queue_0"`
-	BioQueue1   *ebpf.Program `ebpf:"bio_queue_1"`
-	BioQueue2   *ebpf.Program `ebpf:"bio_queue_2"`
-	Hibernate   *ebpf.Program `ebpf:"hibernate"`
-	RqComplete0 *ebpf.Program `ebpf:"rq_complete_0"`
-	RqComplete1 *ebpf.Program `ebpf:"rq_complete_1"`
-	RqComplete2 *ebpf.Program `ebpf:"rq_complete_2"`
-	RqIssue0    *ebpf.Program `ebpf:"rq_issue_0"`
-	RqIssue1    *ebpf.Program `ebpf:"rq_issue_1"`
-	RqIssue2    *ebpf.Program `ebpf:"rq_issue_2"`
+	BioComplete0 *ebpf.Program `ebpf:"bio_complete_0"`
+	BioComplete1 *ebpf.Program `ebpf:"bio_complete_1"`
+	BioComplete2 *ebpf.Program `ebpf:"bio_complete_2"`
+	BioQueue0    *ebpf.Program `ebpf:"bio_queue_0"`
+	BioQueue1    *ebpf.Program `ebpf:"bio_queue_1"`
+	BioQueue2    *ebpf.Program `ebpf:"bio_queue_2"`
+	Hibernate    *ebpf.Program `ebpf:"hibernate"`
+	RqComplete0  *ebpf.Program `ebpf:"rq_complete_0"`
+	RqComplete1  *ebpf.Program `ebpf:"rq_complete_1"`
+	RqComplete2  *ebpf.Program `ebpf:"rq_complete_2"`
+	RqIssue0     *ebpf.Program `ebpf:"rq_issue_0"`
+	RqIssue1     *ebpf.Program `ebpf:"rq_issue_1"`
+	RqIssue2     *ebpf.Program `ebpf:"rq_issue_2"`
+	TableSwap    *ebpf.Program `ebpf:"table_swap"`
 }
 
 func (p *objectPrograms) Close() error {
 	return _ObjectClose(
+		p.BioComplete0,
+		p.BioComplete1,
+		p.BioComplete2,
 		p.BioQueue0,
 		p.BioQueue1,
 		p.BioQueue2,
@@ -215,6 +249,7 @@ func (p *objectPrograms) Close() error {
 		p.RqIssue0,
 		p.RqIssue1,
 		p.RqIssue2,
+		p.TableSwap,
 	)
 }
 

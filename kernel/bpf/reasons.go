@@ -14,6 +14,7 @@ const (
 	flagLongChain
 	flagReplaced
 	flagHibernated
+	flagSwapsFull
 )
 
 // afresh is what to do about any of the reasons.
@@ -32,6 +33,7 @@ var flagReasons = []struct {
 	{flagPassthrough, "a command that may write was sent past the block layer (SCSI or NVMe passthrough)"},
 	{flagUnknownOp, "a kind of write was seen that the tracker does not know"},
 	{flagHibernated, "the machine was hibernated"},
+	{flagSwapsFull, "more device-mapper devices changed their tables than can be counted"},
 }
 
 func flagReason(raised uint64) string {

@@ -17,7 +17,7 @@ import (
 
 // stateVersion changes with any change of dsync.bpf.c or of the record below
 // that makes one version unable to read or trust what another left running.
-const stateVersion uint32 = 1
+const stateVersion uint32 = 2
 
 // step says how far the life of a tracker, or a rotation, has come. It is
 // written before what it announces.
@@ -33,8 +33,8 @@ const (
 )
 
 const (
-	mapCount  = 8  // as in mapNames
-	linkCount = 10 // as in programNames
+	mapCount  = 10 // as in mapNames
+	linkCount = 14 // as in programNames
 	nameSize  = 32
 )
 
@@ -58,6 +58,7 @@ type state struct {
 	Dev, DiskDev            devnoRecord
 	DiskSeq, Start, Sectors uint64
 	LoopOffset              uint64
+	Mapped                  bool
 	Name, Disk              [nameSize]byte
 	Started                 int64 // Unix time, ns
 
@@ -78,7 +79,7 @@ func newState(t target) state {
 		Magic: stateMagic, Version: stateVersion, Step: stepStarting,
 		UUID: kernel.NewUUID(), Epoch: 1, Started: time.Now().UnixNano(),
 		Dev: devnoRecord(t.dev.record()), DiskDev: devnoRecord(t.diskDev.record()),
-		DiskSeq: t.diskSeq, Start: t.start, Sectors: t.sectors, LoopOffset: t.loopOffset,
+		DiskSeq: t.diskSeq, Start: t.start, Sectors: t.sectors, LoopOffset: t.loopOffset, Mapped: t.mapped,
 	}
 	copy(s.Name[:], t.name)
 	copy(s.Disk[:], t.disk)
@@ -92,7 +93,7 @@ func (s *state) target() target {
 	return target{
 		name: cString(s.Name[:]), dev: s.Dev.devno(),
 		disk: cString(s.Disk[:]), diskDev: s.DiskDev.devno(),
-		diskSeq: s.DiskSeq, start: s.Start, sectors: s.Sectors, loopOffset: s.LoopOffset,
+		diskSeq: s.DiskSeq, start: s.Start, sectors: s.Sectors, loopOffset: s.LoopOffset, mapped: s.Mapped,
 	}
 }
 

@@ -82,7 +82,10 @@ func (t *Tracker) inspect(s state) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return differReason(t.target, now), nil
+	if reason := differReason(t.target, now); reason != "" || !t.target.mapped {
+		return reason, nil
+	}
+	return t.inspectStack()
 }
 
 // inspectPins makes sure that what is pinned is what was pinned at the start:

@@ -39,6 +39,9 @@ type target struct {
 	// loopOffset is where a loop device begins in its file, in bytes. Moving
 	// it changes the content without a write.
 	loopOffset uint64
+
+	// mapped: a device-mapper device, which takes bios, not requests.
+	mapped bool
 }
 
 func (t target) size() int64   { return int64(t.sectors) * sectorSize }
@@ -97,6 +100,7 @@ func describe(dev devno) (target, error) {
 	if t.diskSeq, err = readNumber(filepath.Join(diskDir, "diskseq")); err != nil {
 		return target{}, err
 	}
+	t.mapped = exists(filepath.Join(diskDir, "dm"))
 	if offset := filepath.Join(diskDir, "loop", "offset"); exists(offset) {
 		if t.loopOffset, err = readNumber(offset); err != nil {
 			return target{}, err
@@ -121,15 +125,16 @@ func (t target) refuse() error {
 	if t.blocks() > 1<<37 {
 		return no("it is larger than 512 TiB")
 	}
-	for sub, what := range map[string]string{"dm": "a device-mapper device", "md": "a software RAID device"} {
-		if exists(t.sysfs(sub)) {
-			return no("it is " + what + ", and its completions cannot be seen from here: track it with the dm tracker, or track the disks below")
+	if exists(t.sysfs("md")) {
+		return no("it is a software RAID device, and its completions cannot be seen from here: track it with the dm tracker, or track the disks below")
+	}
+	if t.mapped {
+		if err := t.refuseMapped(no); err != nil {
+			return err
 		}
-	}
-	if below, err := os.ReadDir(t.sysfs("slaves")); err == nil && len(below) > 0 {
+	} else if below, err := os.ReadDir(t.sysfs("slaves")); err == nil && len(below) > 0 {
 		return no("it is stacked on " + below[0].Name() + ": track that one instead")
-	}
-	if !exists(t.sysfs("mq")) {
+	} else if !exists(t.sysfs("mq")) {
 		return no("its driver takes bios instead of requests (as zram, pmem, DRBD and NVMe multipath do), and their completions are not proven to be seen")
 	}
 	if z := readText(t.sysfs("queue/zoned")); z != "none" && z != "" {
@@ -160,9 +165,27 @@ func (t target) refuseMultipath() error {
 	return nil
 }
 
+// wants reports whether the target's tracker has the program of that name.
+func (t target) wants(program string) bool {
+	switch kind, _, _ := strings.Cut(program, "_"); {
+	case strings.HasPrefix(program, "bio_complete_"), program == objectProgTableSwap:
+		return t.mapped
+	case kind == "rq":
+		return !t.mapped
+	}
+	return true
+}
+
+// maxBios is how many bios a device that takes bios may hold. Nothing bounds
+// them but memory: they wait for a resume, or for a target's worker.
+const maxBios = 1 << 16
+
 // requests estimates how many requests the disk's driver and scheduler can
-// have in flight, for the size of the table that holds them.
+// have in flight, or how many bios, for the size of the table that holds them.
 func (t target) requests() uint32 {
+	if t.mapped {
+		return maxBios
+	}
 	queues := 1
 	if hw, err := os.ReadDir(t.sysfs("mq")); err == nil {
 		queues = max(1, len(hw))

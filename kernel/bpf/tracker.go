@@ -123,8 +123,13 @@ func build(t target, dir string, o Options) (*Tracker, error) {
 		return nil, err
 	}
 	o.hook("pinned maps")
-	if err := attach(coll, dir, &s, o); err != nil {
+	if err := attach(t, coll, dir, &s, o); err != nil {
 		return nil, err
+	}
+	if t.mapped {
+		if err := noteStack(coll, t); err != nil {
+			return nil, err
+		}
 	}
 	// What was looked up before the attachment may have been replaced since.
 	if now, err := describe(t.dev); err != nil || now != t {
@@ -348,3 +353,5 @@ func (t *Tracker) bits(i uint32) *ebpf.Map { return t.maps[3+i] }
 func (t *Tracker) raisedMap() *ebpf.Map    { return t.maps[5] }
 func (t *Tracker) settledMap() *ebpf.Map   { return t.maps[6] }
 func (t *Tracker) inflightMap() *ebpf.Map  { return t.maps[7] }
+func (t *Tracker) swapsMap() *ebpf.Map     { return t.maps[8] }
+func (t *Tracker) stackMap() *ebpf.Map     { return t.maps[9] }
