@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package vm
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/dsync-backup/dsync-backup/systemtest/vm/wire"
+)
+
+// bootTime is how long a guest may take until its agent answers. It takes about
+// three seconds; a busy host takes longer.
+const bootTime = 2 * time.Minute
+
+// Machine is a guest. Its methods fail the test that it belongs to. They may be called
+// from several goroutines, but for those that start or stop it; what may fail a
+// test belongs on the goroutine of that test.
+type Machine struct {
+	t *testing.T
+	*state
+}
+
+// state is what the views of one machine share (see Machine.In).
+type state struct {
+	kernel Kernel
+	config Config
+	dir    string // initramfs, disks, logs
+	boots  int
+	*guest // the running one, nil if it is off
+}
+
+// guest is one life of a machine, from boot to end.
+type guest struct {
+	qemu *exec.Cmd
+	conn *wire.Conn
+	log  string        // path of the kernel's log
+	dead chan struct{} // closed when QEMU is gone
+	said *strings.Builder
+
+	mu        sync.Mutex
+	last      uint32
+	processes map[uint32]*Process
+	ended     error           // set once the agent cannot be heard any more
+	tests     map[string]bool // packages whose tests are in the guest
+}
+
+// Start makes a guest of kernel k and boots it. At the end of the test it is stopped
+// and its disks are removed; faults in the kernel's log fail the test; and if the
+// test has failed, the end of the log is shown.
+func Start(t *testing.T, k Kernel, c Config) *Machine {
+	t.Helper()
+	if err := Check(); err != nil {
+		t.Fatal(err)
+	}
+	c.defaults()
+	m := &Machine{t: t, state: &state{kernel: k, config: c, dir: t.TempDir()}}
+	if err := writeInitramfs(m.file("initramfs"), m.dir, k, c); err != nil {
+		t.Fatalf("make the guest's initramfs: %v", err)
+	}
+	for _, d := range c.Disks {
+		if err := makeDisk(m.DiskFile(d.Name), d); err != nil {
+			t.Fatalf("make disk %s: %v", d.Name, err)
+		}
+	}
+	t.Cleanup(func() {
+		if m.guest != nil {
+			m.stop()
+		}
+	})
+	m.Boot()
+	return m
+}
+
+// In returns the same machine for a subtest t: what goes wrong fails t.
+func (m *Machine) In(t *testing.T) *Machine { return &Machine{t: t, state: m.state} }
+
+func makeDisk(file string, d Disk) error {
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	if d.From != "" {
+		from, err := os.Open(d.From)
+		if err != nil {
+			return errors.Join(err, f.Close())
+		}
+		defer from.Close()
+		if _, err := io.Copy(f, from); err != nil {
+			return errors.Join(err, f.Close())
+		}
+	}
+	return errors.Join(f.Truncate(d.Size), f.Close())
+}
+
+func (m *Machine) file(name string) string { return filepath.Join(m.dir, name) }
+
+// Kernel returns the kernel that the machine runs.
+func (m *Machine) Kernel() Kernel { return m.kernel }
+
+// DiskFile returns the file of the host that holds a disk. Look at it only while
+// the machine is off.
+func (m *Machine) DiskFile(name string) string { return m.file("disk-" + name) }
+
+// Device returns the device of a disk in the guest, such as /dev/vda.
+func (m *Machine) Device(name string) string {
+	for i, d := range m.config.Disks {
+		if d.Name == name {
+			return "/dev/vd" + string(rune('a'+i))
+		}
+	}
+	m.t.Helper()
+	m.t.Fatalf("the machine has no disk %s", name)
+	return ""
+}
+
+// Boot starts the machine, which must be off, and waits until it can be used.
+func (m *Machine) Boot() {
+	m.t.Helper()
+	if m.guest != nil {
+		m.t.Fatal("boot: the machine is on")
+	}
+	m.boots++
+	g, err := m.boot()
+	if err != nil {
+		m.t.Fatalf("boot kernel %s: %v", m.kernel.Name, err)
+	}
+	m.guest = g
+	for i, d := range m.config.Disks {
+		// The order of the disks is a promise of Device.
+		if got := m.Run("cat", fmt.Sprintf("/sys/block/vd%c/serial", 'a'+i)); got != d.Name {
+			m.t.Fatalf("disk %d of the guest is %q, not %q", i, got, d.Name)
+		}
+		if d.Name == scratch {
+			m.Run("mkfs.ext4", "-q", "-F", m.Device(d.Name))
+			m.Run("mount", m.Device(d.Name), "/tmp")
+		}
+	}
+}
+
+func (m *Machine) boot() (*guest, error) {
+	log := m.file(fmt.Sprintf("kernel-%d.log", m.boots))
+	// A socket's path may have 107 bytes, and a test's folder has more.
+	dir, err := os.MkdirTemp("", "vm")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	listener, err := net.Listen("unix", filepath.Join(dir, "agent"))
+	if err != nil {
+		return nil, err
+	}
+	defer listener.Close()
+
+	qemu, err := lookTool("qemu-system-x86_64")
+	if err != nil {
+		return nil, err
+	}
+	g := &guest{
+		qemu: exec.Command(qemu, m.arguments(log, listener.Addr().String())...),
+		log:  log, dead: make(chan struct{}), said: &strings.Builder{},
+		processes: map[uint32]*Process{}, tests: map[string]bool{},
+	}
+	g.qemu.Stderr = g.said
+	// No guest outlives its test, however the test ends.
+	g.qemu.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	if err := g.qemu.Start(); err != nil {
+		return nil, err
+	}
+	go func() {
+		_ = g.qemu.Wait()
+		close(g.dead)
+		_ = listener.Close()
+	}()
+	fail := func(err error) (*guest, error) {
+		_ = g.qemu.Process.Kill()
+		<-g.dead
+		faults, _ := m.faults(log)
+		return nil, fmt.Errorf("%w\n%s%s%s", err, g.said, faults, m.tail(log))
+	}
+	if err := listener.(*net.UnixListener).SetDeadline(time.Now().Add(bootTime)); err != nil {
+		return fail(err)
+	}
+	stream, err := listener.Accept()
+	if err != nil {
+		return fail(fmt.Errorf("QEMU did not start: %w", err))
+	}
+	if err := stream.SetReadDeadline(time.Now().Add(bootTime)); err != nil {
+		return fail(err)
+	}
+	g.conn = wire.New(stream)
+	ready, err := g.conn.Receive()
+	if err != nil {
+		return fail(fmt.Errorf("the agent does not answer: %w", err))
+	}
+	if got := string(ready.Data); ready.Kind != wire.Ready || got != m.kernel.Release {
+		return fail(fmt.Errorf("the guest runs %q", got))
+	}
+	if err := stream.SetReadDeadline(time.Time{}); err != nil {
+		return fail(err)
+	}
+	go g.listen(stream)
+	return g, nil
+}
+
+// arguments returns QEMU's command line.
+func (m *Machine) arguments(log, socket string) []string {
+	c := m.config
+	args := []string{
+		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+		"-M", "pc", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off",
+		"-smp", fmt.Sprint(c.CPUs), "-m", fmt.Sprint(c.Memory),
+		"-kernel", m.kernel.Image(), "-initrd", m.file("initramfs"),
+		"-append", strings.TrimSpace("console=ttyS0 ignore_loglevel panic=-1 oops=panic mitigations=off random.trust_cpu=on" +
+			// A host of two processors makes a guest wait, which is no fault of its kernel.
+			" watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 " + c.Cmdline),
+		"-chardev", "file,id=log,path=" + log, "-serial", "chardev:log",
+		"-device", "virtio-serial-pci",
+		"-chardev", "socket,id=agent,path=" + socket,
+		"-device", "virtserialport,chardev=agent,name=" + wire.Port,
+	}
+	for i, d := range c.Disks {
+		drive := fmt.Sprintf("if=none,id=d%d,format=raw,file=%s,cache=%s", i, m.DiskFile(d.Name), either(d.Cache, "writeback"))
+		if !d.NoDiscard {
+			drive += ",discard=unmap"
+		}
+		if d.ReadOnly {
+			drive += ",readonly=on"
+		}
+		device := fmt.Sprintf("virtio-blk-pci,drive=d%d,serial=%s", i, d.Name)
+		if d.BlockSize != 0 {
+			device += fmt.Sprintf(",logical_block_size=%d,physical_block_size=%d", d.BlockSize, d.BlockSize)
+		}
+		if d.NoDiscard {
+			device += ",discard=off,write-zeroes=off"
+		}
+		args = append(args, "-drive", drive, "-device", device)
+	}
+	return args
+}
+
+func either(s, otherwise string) string {
+	if s == "" {
+		return otherwise
+	}
+	return s
+}
+
+// Kill cuts the machine's power. What a disk has taken stays on it, as with a disk
+// whose cache survives; what the guest had in memory only is gone.
+func (m *Machine) Kill() {
+	m.t.Helper()
+	if m.guest == nil {
+		m.t.Fatal("kill: the machine is off")
+	}
+	_ = m.qemu.Process.Kill()
+	<-m.dead
+	m.off()
+}
+
+// PowerOff syncs the guest's disks and switches it off.
+func (m *Machine) PowerOff() {
+	m.t.Helper()
+	m.Run("sync")
+	m.Kill()
+}
+
+// AwaitDeath waits for a guest that panics or switches itself off.
+func (m *Machine) AwaitDeath() {
+	m.t.Helper()
+	if m.guest == nil {
+		m.t.Fatal("the machine is off")
+	}
+	select {
+	case <-m.dead:
+		m.off()
+	case <-time.After(m.config.Timeout):
+		m.t.Fatal("the machine does not end")
+	}
+}
+
+// stop ends what still runs at the end of a test.
+func (m *Machine) stop() {
+	select {
+	case <-m.dead:
+		m.t.Errorf("kernel %s: the guest ended before the test did", m.kernel.Name)
+	default:
+	}
+	_ = m.qemu.Process.Kill()
+	<-m.dead
+	m.off()
+}
+
+// off judges the log of a guest that is gone.
+func (m *Machine) off() {
+	log := m.log
+	m.guest = nil
+	faults, err := m.faults(log)
+	if err != nil {
+		m.t.Error(err)
+	}
+	if faults != "" {
+		m.t.Errorf("kernel %s logged a fault:\n%s", m.kernel.Name, faults)
+	}
+	if m.t.Failed() {
+		m.t.Log(m.tail(log))
+	}
+}
