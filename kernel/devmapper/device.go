@@ -248,3 +248,21 @@ func List() ([]NameAndDev, error) {
 	}
 	return parseNames(a.data)
 }
+
+// Rename gives a device another name, with its node. unix.EBUSY: it is taken.
+func Rename(ctx context.Context, name, to string) error {
+	if err := CheckName(to); err != nil {
+		return err
+	}
+	old, err := Stat(name)
+	if err != nil {
+		return fmt.Errorf("rename: %w", err)
+	}
+	r := request{cmd: unix.DM_DEV_RENAME, what: "rename", name: name, cookie: primarySource, payload: append([]byte(to), 0)}
+	if _, err := r.do(); err != nil {
+		return err
+	}
+	info := old
+	info.Name = to
+	return errors.Join(EnsureNode(ctx, info), removeNode(ctx, old))
+}

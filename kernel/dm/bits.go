@@ -33,11 +33,24 @@ func addBits(dir, file string, b *kernel.Bitmap) error {
 		return fmt.Errorf("open the module's bitmap: %w", err)
 	}
 	defer f.Close()
-	if err := addData(f, b); err != nil {
+	// A bitmap of another epoch would otherwise pass for one that is clean
+	// where it has ended.
+	end, err := f.Seek(0, io.SeekEnd)
+	if err == nil && end != (b.Blocks()+7)/8 {
+		err = fmt.Errorf("%w: %d bytes for %d blocks", errChanged, end, b.Blocks())
+	}
+	if err == nil {
+		err = addData(f, b)
+	}
+	if err != nil {
 		return fmt.Errorf("read the module's bitmap %s: %w", f.Name(), err)
 	}
 	return nil
 }
+
+// errChanged says that what was read belongs to another state than the status
+// that was read before.
+var errChanged = errors.New("it changed meanwhile")
 
 func addData(f *os.File, b *kernel.Bitmap) error {
 	length := (b.Blocks() + 7) / 8

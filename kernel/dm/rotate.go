@@ -138,7 +138,9 @@ func (t *Tracker) Peek(ctx context.Context) (*kernel.Bitmap, error) {
 			return nil, err
 		}
 		b := kernel.NewBitmap(r.blocks)
-		if err := addBits(r.dir, fileActive, b); err != nil {
+		if err := addBits(r.dir, fileActive, b); errors.Is(err, errChanged) {
+			continue
+		} else if err != nil {
 			return nil, err
 		}
 		after, err := t.look(ctx)

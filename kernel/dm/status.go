@@ -42,17 +42,21 @@ func (t *Tracker) dirty(ctx context.Context, r record) (int64, error) {
 	if r.dirty == 0 || r.pendingDirty == 0 {
 		return r.dirty + r.pendingDirty, nil
 	}
-	b := kernel.NewBitmap(max(r.blocks, r.pendingBlocks))
-	if err := addBits(r.dir, fileActive, b); err != nil {
+	active, frozen := kernel.NewBitmap(r.blocks), kernel.NewBitmap(r.pendingBlocks)
+	err := errors.Join(addBits(r.dir, fileActive, active), addBits(r.dir, fileFrozen, frozen))
+	if after, lookErr := t.look(ctx); lookErr != nil || !r.sameEpochs(after) {
+		return max(r.dirty, r.pendingDirty), lookErr // an epoch ended meanwhile
+	}
+	if err != nil {
 		return 0, err
 	}
-	if err := addBits(r.dir, fileFrozen, b); err != nil {
-		return 0, err
+	n := active.Count()
+	for i := frozen.NextSet(0); i < frozen.Blocks(); i = frozen.NextSet(i + 1) {
+		if i >= active.Blocks() || !active.Get(i) {
+			n++
+		}
 	}
-	if after, err := t.look(ctx); err != nil || !r.sameEpochs(after) {
-		return max(r.dirty, r.pendingDirty), err
-	}
-	return b.Count(), nil
+	return n, nil
 }
 
 // inspect says why the tracker is not reliable, or nothing. A device that is
