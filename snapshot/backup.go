@@ -3,16 +3,15 @@
 package snapshot
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"iter"
 	"time"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/repo"
-	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
 	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
@@ -29,19 +28,6 @@ type History interface {
 	Size() int64
 	Unlock() error
 	Relock(ctx context.Context) error
-}
-
-// Instant makes the device stand still while it is read.
-type Instant interface {
-	// Kind is how.
-	Kind() PointInTime
-	// Begin makes it stand still. The context that it returns ends, with the
-	// cause, when the device no longer does. From Begin to End nothing may be
-	// written to a file system but through the repository's backend.
-	Begin(ctx context.Context) (context.Context, error)
-	// End lets it go and says for how long it stood still. It may be called
-	// again, and then does nothing.
-	End() (time.Duration, error)
 }
 
 // Options say what to back up and how. Device, Name and Instant must be set.
@@ -62,7 +48,10 @@ type Options struct {
 	// Broken says why History starts afresh although there was a tracker.
 	Broken string
 
-	Instant  Instant
+	Instant Instant
+	// Precopy asks for copies of the device while it is in use, so that it
+	// stands still for the last of them only. It needs a reliable History.
+	Precopy  *Precopy
 	Parallel int
 	Progress func(Progress)
 	Warn     func(error)
@@ -90,14 +79,17 @@ type backup struct {
 	cands   []candidate
 	parent  *candidate
 	dirty   *kernel.Bitmap
-	epoch   *kernel.Epoch
+	key     SumKey
 	sum     Summary
 	started time.Time
 
-	committed bool // the ended epoch is in the log
-	done      int64
-	total     int64
-	frozen    time.Duration
+	epoch       *kernel.Epoch // what the snapshot is complete up to, if that is known
+	doubt       string        // why it is not, where there is a tracker
+	uncommitted bool          // an epoch that was ended is not known to be logged
+
+	done   int64
+	total  int64
+	frozen time.Duration
 }
 
 // Backup makes a snapshot of a device. The caller holds a lock on the
@@ -120,10 +112,10 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 		return nil, err
 	}
 	b.w = r.NewWriter(ctx, repo.WriterOptions{})
-	res, key, err := b.copy(ctx)
+	res, err := b.copy(ctx)
 	if err == nil {
 		var s *Summary
-		if s, err = b.save(ctx, res, key); err == nil {
+		if s, err = b.save(ctx, res); err == nil {
 			return s, nil
 		}
 	}
@@ -132,158 +124,9 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 	return nil, err
 }
 
-// copy makes the instant, ends the epoch, and stores what changed.
-func (b *backup) copy(ctx context.Context) (res layer.Result, key SumKey, err error) {
-	still := b.Instant.Kind() == PointInTimeFreeze
-	if b.History != nil {
-		// Before the device stands still, since this may write to the log.
-		if err := b.History.Relock(ctx); err != nil {
-			return res, key, err
-		}
-		defer func() { err = errors.Join(err, b.History.Unlock()) }()
-	}
-	b.r.DeferCache(still)
-	defer b.r.DeferCache(false)
-	// Direct reads see what the page cache of this very device holds, but not
-	// what those of its partitions or of its disk do. What is written from now
-	// on, Rotate syncs once more.
-	if err := b.Device.Sync(ctx); err != nil {
-		return res, key, err
-	}
-	standing, err := b.Instant.Begin(ctx)
-	if err != nil {
-		return res, key, err
-	}
-	// After End, so that the log may lie on the file system that was frozen.
-	defer func() {
-		if e := b.commit(ctx); err == nil {
-			err = e
-		}
-	}()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	stop := context.AfterFunc(standing, func() { cancel(context.Cause(standing)) })
-	released := false
-	release := func() error {
-		stop()
-		released = true
-		t, err := b.Instant.End()
-		b.frozen = max(b.frozen, t)
-		return err
-	}
-	defer func() {
-		// Whatever fails once the device no longer stands still, fails
-		// because of that.
-		if cause := context.Cause(standing); err != nil && cause != nil && !released {
-			err = cause
-		}
-		if e := release(); err == nil {
-			err = e
-		}
-	}()
-
-	if err := b.rotate(ctx); err != nil {
-		return res, key, err
-	}
-	// The tracker's lock is not held while the repository is waited for.
-	// Under a freeze the log must wait, and the kernel keeps the epoch.
-	if still {
-		err = b.unlock()
-	} else {
-		err = b.commit(ctx)
-	}
-	if err != nil {
-		return res, key, err
-	}
-	ranges, expected, err := b.plan(standing)
-	if err != nil {
-		return res, key, err
-	}
-	if key, err = b.sumKey(); err != nil {
-		return res, key, err
-	}
-	res, err = layer.Write(ctx, b.w, layer.Options{
-		Source: source{b.Device, standing}, Size: b.Device.Size(), Ranges: ranges, Key: (*blocksum.Key)(&key),
-		Polynomial: b.r.ChunkerPolynomial(), Parallel: b.Parallel, Time: b.Time, Expected: expected,
-		Progress: func(n int64) {
-			b.done += n
-			b.Progress(Progress{"reading", b.done, b.total})
-		},
-		AfterRead: release,
-	})
-	return res, key, err
-}
-
-// rotate ends the tracker's epoch. A tracker that cannot be trusted leaves the
-// snapshot without a position, and the reason in the summary.
-func (b *backup) rotate(ctx context.Context) error {
-	b.sum.FallbackReason = b.Broken
-	if b.History == nil {
-		return nil
-	}
-	e, err := b.History.Rotate(ctx)
-	if err != nil {
-		return fmt.Errorf("end the tracker's epoch: %w", err)
-	}
-	// Only now is what the tracker says of itself about the whole epoch.
-	st, err := b.History.Status(ctx)
-	if err != nil {
-		return fmt.Errorf("ask the tracker for its status: %w", err)
-	}
-	if !st.Reliable {
-		b.sum.FallbackReason = st.Reason
-		return nil
-	}
-	if size := b.History.Size(); size != b.Device.Size() {
-		b.sum.FallbackReason = fmt.Sprintf("the tracker watches a device of %d bytes, but %d were there when %s was opened", size, b.Device.Size(), b.Device.Path())
-		return nil
-	}
-	b.epoch = &e
-	return nil
-}
-
-func (b *backup) unlock() error {
-	if b.History == nil {
-		return nil
-	}
-	return b.History.Unlock()
-}
-
-// source reads the device only while it stands still.
-type source struct {
-	*device.Device
-	standing context.Context //nolint:containedctx // as long as one Instant
-}
-
-// ReadExtent implements [layer.Source].
-func (s source) ReadExtent(ctx context.Context, p []byte, off int64) error {
-	if err := context.Cause(s.standing); err != nil {
-		return err
-	}
-	return s.Device.ReadExtent(ctx, p, off)
-}
-
-// Buffer implements [layer.Source].
-func (s source) Buffer(n int) []byte { return device.AlignedBuffer(n) }
-
-// commit makes the ended epoch durable and lets the next backup of the device
-// have the tracker. It is done even when the backup failed or was interrupted.
-func (b *backup) commit(ctx context.Context) error {
-	h := b.History
-	if h == nil || b.committed {
-		return nil
-	}
-	ctx = context.WithoutCancel(ctx)
-	if err := h.Relock(ctx); err != nil {
-		return err
-	}
-	err := h.Commit(ctx)
-	b.committed = err == nil
-	return errors.Join(err, h.Unlock())
-}
-
 // plan decides where the changes come from, and from which snapshot to go on.
-func (b *backup) plan(ctx context.Context) (iter.Seq[layer.Range], layer.Expected, error) {
+// The device that is read may be a snapshot of the one that is backed up.
+func (b *backup) plan(ctx context.Context, from *device.Device) (iter.Seq[layer.Range], layer.Expected, error) {
 	size := b.Device.Size()
 	whole := func(yield func(kernel.Extent) bool) {
 		if size > 0 {
@@ -293,6 +136,9 @@ func (b *backup) plan(ctx context.Context) (iter.Seq[layer.Range], layer.Expecte
 	if err := b.choose(ctx); err != nil {
 		return nil, nil, err
 	}
+	if err := b.sumKey(); err != nil {
+		return nil, nil, err
+	}
 	switch b.sum.Changes {
 	case ChangesTracker:
 		b.total = min(b.dirty.Count()*kernel.BlockSize, size)
@@ -300,11 +146,11 @@ func (b *backup) plan(ctx context.Context) (iter.Seq[layer.Range], layer.Expecte
 	case ChangesRanges:
 		ranges := kernel.Align(append(b.Ranges, tail(b.parent.Manifest.Size, size)...), size)
 		b.total = kernel.TotalLength(ranges)
-		data, err := b.Device.DataExtents(ctx)
+		data, err := from.DataExtents(ctx)
 		return withHoles(seq(ranges), data), nil, err
 	}
 	b.total = size
-	data, err := b.Device.DataExtents(ctx)
+	data, err := from.DataExtents(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -320,7 +166,7 @@ func (b *backup) plan(ctx context.Context) (iter.Seq[layer.Range], layer.Expecte
 
 // choose sets the source of changes and the parent.
 func (b *backup) choose(ctx context.Context) error {
-	b.sum.Changes = b.Changes
+	b.sum.Changes, b.sum.FallbackReason = b.Changes, cmp.Or(b.doubt, b.Broken)
 	switch b.Changes {
 	case ChangesFull:
 	case ChangesRanges:
@@ -371,13 +217,14 @@ func (b *backup) compare() {
 	}
 }
 
-func (b *backup) sumKey() (SumKey, error) {
+// sumKey takes the chain's key, or draws that of a new chain.
+func (b *backup) sumKey() error {
 	if b.parent != nil {
-		return b.parent.Manifest.SumKey, nil
+		b.key = b.parent.Manifest.SumKey
+		return nil
 	}
-	var key SumKey
-	_, err := rand.Read(key[:])
-	return key, err
+	_, err := rand.Read(b.key[:])
+	return err
 }
 
 // tail is what a device that changed its size has beyond what the older and

@@ -62,6 +62,13 @@ const (
 	PointInTimeNone PointInTime = "none"
 	// PointInTimeFreeze: every file system above was frozen.
 	PointInTimeFreeze PointInTime = "freeze"
+	// PointInTimePrecopy: it was copied in use, and what was written meanwhile
+	// once more with every file system above frozen.
+	PointInTimePrecopy PointInTime = "precopy"
+	// PointInTimeDM: a device-mapper snapshot, taken while it was suspended.
+	PointInTimeDM PointInTime = "dm"
+	// PointInTimeLVM: a snapshot that LVM took.
+	PointInTimeLVM PointInTime = "lvm"
 	// PointInTimeUnmounted: nobody else had the device claimed, and so nobody
 	// could mount it.
 	PointInTimeUnmounted PointInTime = "unmounted"
@@ -71,6 +78,15 @@ const (
 	// noticed.
 	PointInTimeFile PointInTime = "file"
 )
+
+// heldStill reports whether we saw to it that nobody wrote.
+func (p PointInTime) heldStill() bool { return p.freezes() || p == PointInTimeLVM }
+
+// freezes reports whether the device's writers wait from Begin to End: nothing
+// of ours may then wait for the device.
+func (p PointInTime) freezes() bool {
+	return p == PointInTimeFreeze || p == PointInTimePrecopy || p == PointInTimeDM
+}
 
 // Changes is where a backup's dirty set came from.
 type Changes string

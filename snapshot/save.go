@@ -33,12 +33,13 @@ type Summary struct {
 	MergeAddedPacked    int64    `json:"merge_added_packed"`
 	CopiedForwardBytes  int64    `json:"copied_forward_bytes"`
 	Layers              int      `json:"layers"`
+	Rounds              int      `json:"rounds"` // copies that were made of what changed
 	FreezeSeconds       float64  `json:"freeze_seconds"`
 	DurationSeconds     float64  `json:"duration_seconds"`
 }
 
 // save names what was stored in a snapshot.
-func (b *backup) save(ctx context.Context, res layer.Result, key SumKey) (*Summary, error) {
+func (b *backup) save(ctx context.Context, res layer.Result) (*Summary, error) {
 	b.Progress(Progress{"storing", b.total, b.total})
 	identity, err := b.Device.Identity(ctx)
 	if err != nil {
@@ -47,7 +48,7 @@ func (b *backup) save(ctx context.Context, res layer.Result, key SumKey) (*Summa
 	m := &Manifest{
 		Version: manifestVersion, Device: b.Device.Path(), Size: b.Device.Size(), BlockSize: kernel.BlockSize,
 		Identity: identity, PointInTime: b.pointInTime(ctx),
-		Changes: b.sum.Changes, FallbackReason: b.sum.FallbackReason, SumKey: key,
+		Changes: b.sum.Changes, FallbackReason: b.sum.FallbackReason, SumKey: b.key,
 	}
 	if b.epoch != nil {
 		m.Position = &b.epoch.Position
@@ -92,7 +93,7 @@ func (b *backup) save(ctx context.Context, res layer.Result, key SumKey) (*Summa
 // left alone. A tracker knows.
 func (b *backup) pointInTime(ctx context.Context) PointInTime {
 	kind := b.Instant.Kind()
-	if b.epoch == nil || kind == PointInTimeNone || kind == PointInTimeFreeze {
+	if b.epoch == nil || kind == PointInTimeNone || kind.heldStill() {
 		return kind
 	}
 	// Another backup that ended an epoch meanwhile has taken the evidence.

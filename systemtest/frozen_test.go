@@ -80,8 +80,14 @@ func TestAMountedDeviceNeedsAChoice(t *testing.T) {
 	e := lightEnv(t)
 	c := newContent(random(t), false)
 	d := frozenDisk(t, e, c, 64<<20)
-	where := "mounted read-write .*" + regexp.QuoteMeta(d.mnt)
-	e.fails(1, where+".*--snapshot freeze.*--snapshot none", "backup", d.path)
+	other := newDisk(t, 64<<20)
+	other.mkfs("ext4")
+	where := "mounted read-write .*" + regexp.QuoteMeta(other.mnt)
+	e.fails(1, where+".*track start.*--snapshot freeze.*--snapshot none", "backup", other.path)
+	e.fails(1, "nothing tracks it.*track start.*--snapshot freeze", "backup", other.path, "--snapshot", "precopy")
+	if s := e.backup(d.path); s.PointInTime != string(snapshot.PointInTimePrecopy) || s.FreezeSeconds <= 0 {
+		t.Errorf("a tracked device that is mounted is a point in time by %q", s.PointInTime)
+	}
 	e.fails(1, `"dm" is not one of`, "backup", d.path, "--snapshot", "dm")
 	if s := e.backup(d.path, "--snapshot", "none"); s.PointInTime != string(snapshot.PointInTimeNone) {
 		t.Errorf("--snapshot none of a mounted device is a point in time by %q", s.PointInTime)

@@ -47,9 +47,11 @@ changed since the last snapshot in this repository:
 A device that is mounted read-write has no single state to be saved, unless its
 file systems are frozen:
 
-  --snapshot auto    refuse a device that is mounted read-write
-  --snapshot freeze  freeze the file systems while what changed is read
-  --snapshot none    read it as it is: recorded as not a point in time`,
+  --snapshot auto     precopy if the device is tracked, else refuse
+  --snapshot precopy  copy it in use, then what was written meanwhile, until
+                      little is left; read that with the file systems frozen
+  --snapshot freeze   freeze the file systems while all that changed is read
+  --snapshot none     read it as it is: recorded as not a point in time`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return runBackup(cmd.Context(), g, &f, args[0]) },
 	}
@@ -58,8 +60,8 @@ file systems are frozen:
 	fl.StringArrayVar(&f.tags, "tag", nil, "add a `tag` to the snapshot")
 	fl.StringVarP(&f.host, "host", "H", "", "`host` that the snapshot is of (default: this one)")
 	fl.StringVar(&f.changes, "changes", "auto", "where the changes come from: auto, tracker, compare, full or a `file`")
-	fl.StringVar(&f.snapshot, "snapshot", "auto", "`way` to a point in time: auto, none or freeze")
-	fl.DurationVar(&f.maxFreeze, "max-freeze", time.Minute, "thaw and fail after this `duration`")
+	fl.StringVar(&f.snapshot, "snapshot", "auto", "`way` to a point in time: auto, none, freeze or precopy")
+	fl.DurationVar(&f.maxFreeze, "max-freeze", 0, "thaw and fail after this `duration` (default: 1m with freeze, 10s with precopy)")
 	fl.IntVar(&f.reads, "read-concurrency", 16, "reads in flight")
 	fl.StringVar(&f.at, "time", "", "`time` of the snapshot, as 2006-01-02 15:04:05 (default: now)")
 	return cmd
@@ -81,7 +83,7 @@ func runBackup(ctx context.Context, g *globals, f *backupFlags, path string) (er
 	}
 	defer src.device.Close()
 	defer src.close()
-	o.Device, o.Instant = src.device, src.instant
+	o.Device, o.Instant, o.Precopy = src.device, src.instant, src.precopy
 	if o.Changes == snapshot.ChangesRanges {
 		if o.Ranges, err = readRanges(f.changes, src.device.Size()); err != nil {
 			return err
@@ -107,6 +109,12 @@ func runBackup(ctx context.Context, g *globals, f *backupFlags, path string) (er
 		}
 	} else if o.Changes == snapshot.ChangesTracker {
 		return fmt.Errorf("%s is a file, which cannot be tracked: use --changes auto", path)
+	}
+	if o.Precopy != nil && o.History == nil {
+		if o.Broken == "" {
+			o.Broken = "nothing tracks it"
+		}
+		return fmt.Errorf("%s: %s, so that what is written while it is copied would be missed: run `dsync-backup track start %s`, or say --snapshot freeze", path, o.Broken, path)
 	}
 	o.Progress = func(pr snapshot.Progress) { p.update(pr.Phase, pr.Done, pr.Total) }
 	o.Warn = g.warn
@@ -179,7 +187,11 @@ func (g *globals) printBackup(s *snapshot.Summary) error {
 	fmt.Fprintf(w, "read %s, changed %s, new data %s (stored %s), metadata %s, layers %d, %.1f s\n",
 		size(s.BytesRead), size(s.DirtyBytes), size(s.DataAdded), size(s.DataAddedPacked), size(s.MetadataAddedPacked), s.Layers, s.DurationSeconds)
 	if s.FreezeSeconds > 0 {
-		fmt.Fprintf(w, "the file systems were frozen for %.2f s\n", s.FreezeSeconds)
+		fmt.Fprintf(w, "the file systems were frozen for %.2f s", s.FreezeSeconds)
+		if s.Rounds > 1 {
+			fmt.Fprintf(w, ", for the last of %d copies", s.Rounds)
+		}
+		fmt.Fprintln(w)
 	}
 	fmt.Fprintf(w, "snapshot %s saved\n", s.SnapshotID.Str())
 	return nil

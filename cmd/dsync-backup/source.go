@@ -3,15 +3,16 @@
 package main
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"time"
+	"slices"
+	"strings"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
-	"github.com/dsync-backup/dsync-backup/repo/backend/location"
+	"github.com/dsync-backup/dsync-backup/kernel/trackers"
 	"github.com/dsync-backup/dsync-backup/snapshot"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
 	"github.com/dsync-backup/dsync-backup/snapshot/freeze"
@@ -21,6 +22,7 @@ import (
 type source struct {
 	device  *device.Device
 	instant snapshot.Instant
+	precopy *snapshot.Precopy // if it is to be copied in use first
 	close   func()
 }
 
@@ -36,8 +38,8 @@ func absolute(path string) (string, error) {
 // has none is refused, unless the user said that none is needed.
 func openSource(ctx context.Context, g *globals, f *backupFlags, p *progress, path string) (*source, error) {
 	s := &source{close: func() {}}
-	if f.snapshot != "auto" && f.snapshot != "none" && f.snapshot != "freeze" {
-		return nil, fmt.Errorf("--snapshot %q is not one of auto, none, freeze", f.snapshot)
+	if !slices.Contains(snapshotWays, f.snapshot) {
+		return nil, fmt.Errorf("--snapshot %q is not one of %s", f.snapshot, strings.Join(snapshotWays, ", "))
 	}
 	d, err := device.Open(path, device.Options{})
 	if err != nil {
@@ -65,130 +67,55 @@ func openSource(ctx context.Context, g *globals, f *backupFlags, p *progress, pa
 		err = fmt.Errorf("%s is in use by what cannot be frozen (%v): stop that, or say --snapshot none for a copy that is no point in time", path, use)
 	case !use.ReadWrite() && len(use.Swaps) == 0:
 		s.instant = readOnly(path)
-	case f.snapshot == "auto":
-		err = fmt.Errorf("%s is mounted read-write (%v): say --snapshot freeze for a point in time, or --snapshot none", path, use)
 	default:
-		s.instant, err = newFrozen(ctx, g, f, p, path, use.Mounts)
+		err = s.inUse(ctx, g, f, p, use)
 	}
 	if err != nil {
 		s.device.Close()
 		return nil, err
 	}
-	if fr, ok := s.instant.(*frozen); ok {
-		s.close = fr.close
-	}
 	return s, nil
 }
 
-// readOnly is the Instant of a device whose file systems are all mounted
-// read-only.
-type readOnly string
+// snapshotWays are the arguments of --snapshot.
+var snapshotWays = []string{"auto", "none", "freeze", "precopy"}
 
-// Kind implements snapshot.Instant.
-func (readOnly) Kind() snapshot.PointInTime { return snapshot.PointInTimeReadOnly }
-
-// Begin implements snapshot.Instant.
-func (readOnly) Begin(ctx context.Context) (context.Context, error) { return ctx, nil }
-
-// End implements snapshot.Instant: it looks whether they still are.
-func (r readOnly) End() (time.Duration, error) {
-	use, err := device.InUse(string(r))
-	if err == nil && use.ReadWrite() {
-		err = fmt.Errorf("%s was remounted read-write while it was read (%v): back it up again with --snapshot freeze", string(r), use)
+// inUse picks the way to a point in time of a device that is written to.
+func (s *source) inUse(ctx context.Context, g *globals, f *backupFlags, p *progress, use device.Use) error {
+	path := s.device.Path()
+	way := f.snapshot
+	if way == "auto" {
+		way = ownWay(s.device)
 	}
-	return 0, err
-}
-
-// frozen is the Instant of frozen file systems.
-type frozen struct {
-	freezer *freeze.Freezer
-	path    string
-	p       *progress
-	cancel  context.CancelFunc
-	begun   bool
-	took    time.Duration
-}
-
-func newFrozen(ctx context.Context, g *globals, f *backupFlags, p *progress, path string, mounts []device.Mount) (*frozen, error) {
-	if err := checkRepository(g, mounts); err != nil {
-		return nil, err
-	}
-	freezer, err := freeze.Start(ctx, mounts, freeze.Options{
-		MaxFreeze: f.maxFreeze, Outputs: []*freeze.HoldOutput{g.stdout, g.stderr},
-	})
-	if err != nil {
-		return nil, err
-	}
-	return &frozen{freezer: freezer, path: path, p: p}, nil
-}
-
-// checkRepository refuses a repository on a file system that will be frozen:
-// the backup would wait for itself.
-func checkRepository(g *globals, mounts []device.Mount) error {
-	name, err := g.location()
-	if err != nil {
-		return err
-	}
-	l, err := location.Parse(name)
-	if err != nil || l.Path == "" {
-		return err
-	}
-	on, lies, err := device.LiesOn(l.Path, mounts)
-	if err != nil {
-		return err
-	}
-	if lies {
-		return fmt.Errorf("the repository %s lies on %s, which would be frozen: keep it elsewhere, or say --snapshot none", l.Path, on.Path)
+	switch way {
+	case "freeze":
+		fr, err := newFrozen(ctx, g, cmp.Or(f.maxFreeze, freeze.DefaultMaxFreeze), p, path, use.Mounts)
+		if err != nil {
+			return err
+		}
+		s.instant, s.close = fr, fr.close
+	case "precopy":
+		pre, err := newPrecopied(ctx, g, cmp.Or(f.maxFreeze, defaultMaxPause), p, path, use.Mounts)
+		if err != nil {
+			return err
+		}
+		s.instant, s.close = pre, pre.close
+		s.precopy = &snapshot.Precopy{MaxFreeze: pre.maxFreeze}
+	default:
+		return fmt.Errorf("%s is mounted read-write (%v): for a point in time have it tracked (`dsync-backup track start %s`) or say --snapshot freeze; else --snapshot none", path, use, path)
 	}
 	return nil
 }
 
-// Kind implements snapshot.Instant.
-func (f *frozen) Kind() snapshot.PointInTime { return snapshot.PointInTimeFreeze }
-
-// Begin implements snapshot.Instant. From here on nothing is printed: whoever
-// reads our output may have to wait for the frozen file system.
-func (f *frozen) Begin(ctx context.Context) (context.Context, error) {
-	f.p.hold(true)
-	if err := f.freezer.Freeze(ctx); err != nil {
-		f.p.hold(false)
-		return nil, err // nothing is frozen
-	}
-	f.begun = true
-	now, err := device.InUse(f.path)
-	if err == nil {
-		err = errors.Join(now.CheckFreezable(), f.freezer.Covers(now.Mounts))
-	}
+// ownWay is what --snapshot auto does with a device that is mounted
+// read-write, or "" if there is nothing to be done without being told.
+func ownWay(d *device.Device) string {
+	t, err := trackers.Open(d.RealPath())
 	if err != nil {
-		_, _ = f.End() // the reason to stop says more
-		return nil, err
+		return ""
 	}
-	ctx, f.cancel = f.freezer.WithContext(ctx)
-	return ctx, nil
-}
-
-// End implements snapshot.Instant.
-func (f *frozen) End() (time.Duration, error) {
-	if !f.begun {
-		return f.took, nil
-	}
-	f.begun = false
-	if f.cancel != nil {
-		defer f.cancel()
-	}
-	var err error
-	f.took, err = f.freezer.Thaw()
-	f.p.hold(false)
-	return f.took, err
-}
-
-func (f *frozen) close() {
-	if _, err := f.End(); err != nil {
-		f.p.g.warn(err)
-	}
-	if err := f.freezer.Close(); err != nil {
-		f.p.g.warn(err)
-	}
+	t.Close()
+	return "precopy"
 }
 
 func readRanges(path string, size int64) ([]kernel.Extent, error) {

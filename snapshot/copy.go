@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package snapshot
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+
+	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
+	"github.com/dsync-backup/dsync-backup/snapshot/device"
+	"github.com/dsync-backup/dsync-backup/snapshot/layer"
+)
+
+// copy makes the instant, ends the epoch, and stores what changed.
+func (b *backup) copy(ctx context.Context) (layer.Result, error) {
+	if b.Precopy != nil {
+		return b.precopy(ctx)
+	}
+	b.sum.Rounds = 1
+	if s, ok := b.Instant.(Snapshotter); ok {
+		return b.copySnapshot(ctx, s)
+	}
+	var res layer.Result
+	err := b.still(ctx, func(ctx, standing context.Context, release func() error) error {
+		ranges, expected, err := b.plan(ctx, b.Device)
+		if err != nil {
+			return err
+		}
+		o := b.layerOptions(source{b.Device, standing}, ranges)
+		o.Expected, o.AfterRead = expected, release
+		res, err = layer.Write(ctx, b.w, o)
+		return err
+	})
+	return res, err
+}
+
+// still makes the device stand still, ends the tracker's epoch, and calls fn.
+// fn calls release when it does not need the device any more, and returns its
+// error. Its ctx also ends when the device no longer stands still, until then.
+func (b *backup) still(ctx context.Context, fn func(ctx, standing context.Context, release func() error) error) (err error) {
+	if b.History != nil {
+		// Before the device stands still, since this may write to the log.
+		if err := b.History.Relock(ctx); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, b.History.Unlock()) }()
+	}
+	frozen := b.Instant.Kind().freezes()
+	b.r.DeferCache(frozen)
+	defer b.r.DeferCache(false)
+	// Direct reads see what the page cache of this very device holds, but not
+	// what those of its partitions or of its disk do. What is written from now
+	// on, Rotate syncs once more.
+	if err := b.Device.Sync(ctx); err != nil {
+		return err
+	}
+	standing, err := b.Instant.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	// After End, so that the log may lie on the file system that was frozen.
+	defer func() {
+		if e := b.commit(ctx); err == nil {
+			err = e
+		}
+	}()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stop := context.AfterFunc(standing, func() { cancel(context.Cause(standing)) })
+	released := false
+	release := func() error {
+		stop()
+		released = true
+		t, err := b.Instant.End()
+		b.frozen = max(b.frozen, t)
+		return err
+	}
+	defer func() {
+		// Whatever fails once the device no longer stands still, fails
+		// because of that.
+		if cause := context.Cause(standing); err != nil && cause != nil && !released {
+			err = cause
+		}
+		if e := release(); err == nil {
+			err = e
+		}
+	}()
+
+	if err := b.rotate(ctx); err != nil {
+		return err
+	}
+	// The tracker's lock is not held while the repository is waited for.
+	// Under a freeze the log must wait, and the kernel keeps the epoch.
+	if frozen {
+		err = b.unlock()
+	} else {
+		err = b.commit(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	return fn(ctx, standing, release)
+}
+
+// copySnapshot reads a snapshot of the device while the device goes on.
+func (b *backup) copySnapshot(ctx context.Context, s Snapshotter) (res layer.Result, err error) {
+	defer func() {
+		if e := s.Drop(); err == nil {
+			err = e
+		}
+	}()
+	var from *device.Device
+	take := func(ctx context.Context) (err error) {
+		if from, err = s.Take(ctx); err == nil && from.Size() != b.Device.Size() {
+			err = fmt.Errorf("the snapshot of %s has %d bytes, not %d: the device changed its size", b.Device.Path(), from.Size(), b.Device.Size())
+		}
+		return err
+	}
+	if s.Atomic() {
+		err = b.still(ctx, func(ctx, _ context.Context, release func() error) error {
+			if err := take(ctx); err != nil {
+				return err
+			}
+			return release()
+		})
+	} else {
+		err = b.between(ctx, take)
+	}
+	if err != nil {
+		return res, err
+	}
+	ctx, cancel := context.WithCancelCause(s.Watch(ctx))
+	defer cancel(nil)
+	ranges, expected, err := b.plan(ctx, from)
+	if err != nil {
+		return res, err
+	}
+	o := b.layerOptions(source{from, ctx}, ranges)
+	o.Expected, o.AfterRead = expected, func() error { return s.Check(ctx) }
+	res, err = layer.Write(ctx, b.w, o)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		err = cause
+	}
+	return res, err
+}
+
+// between ends an epoch before and another one after take, and records the
+// first as what the snapshot is complete up to.
+func (b *backup) between(ctx context.Context, take func(context.Context) error) error {
+	if err := b.Device.Sync(ctx); err != nil {
+		return err
+	}
+	if err := b.endEpoch(ctx); err != nil {
+		return err
+	}
+	first, doubt := b.epoch, b.doubt
+	if err := take(ctx); err != nil {
+		return err
+	}
+	if err := b.endEpoch(ctx); err != nil {
+		return err
+	}
+	if first == nil {
+		b.doubt = doubt
+	}
+	if b.epoch != nil {
+		b.epoch = first
+	}
+	return nil
+}
+
+// endEpoch ends the tracker's epoch and logs it, while nothing is frozen.
+func (b *backup) endEpoch(ctx context.Context) error {
+	if b.History == nil {
+		return nil
+	}
+	if err := b.History.Relock(ctx); err != nil {
+		return err
+	}
+	err := b.rotate(ctx)
+	return errors.Join(err, b.commit(ctx), b.History.Unlock())
+}
+
+// rotate ends the tracker's epoch. If the tracker cannot be trusted, there is
+// no epoch, and the reason is in doubt.
+func (b *backup) rotate(ctx context.Context) error {
+	b.epoch, b.doubt = nil, ""
+	if b.History == nil {
+		return nil
+	}
+	e, err := b.History.Rotate(ctx)
+	if err != nil {
+		return fmt.Errorf("end the tracker's epoch: %w", err)
+	}
+	b.uncommitted = true
+	// Only now is what the tracker says of itself about the whole epoch.
+	st, err := b.History.Status(ctx)
+	if err != nil {
+		return fmt.Errorf("ask the tracker for its status: %w", err)
+	}
+	if !st.Reliable {
+		b.doubt = cmp.Or(st.Reason, "the tracker is not reliable")
+		return nil
+	}
+	if size := b.History.Size(); size != b.Device.Size() {
+		b.doubt = fmt.Sprintf("the tracker watches a device of %d bytes, but %d were there when %s was opened", size, b.Device.Size(), b.Device.Path())
+		return nil
+	}
+	b.epoch = &e
+	return nil
+}
+
+func (b *backup) unlock() error {
+	if b.History == nil {
+		return nil
+	}
+	return b.History.Unlock()
+}
+
+// commit makes the ended epoch durable and lets the next backup of the device
+// have the tracker. It is done even when the backup failed or was interrupted.
+func (b *backup) commit(ctx context.Context) error {
+	h := b.History
+	if h == nil || !b.uncommitted {
+		return nil
+	}
+	ctx = context.WithoutCancel(ctx)
+	if err := h.Relock(ctx); err != nil {
+		return err
+	}
+	err := h.Commit(ctx)
+	b.uncommitted = err != nil
+	return errors.Join(err, h.Unlock())
+}
+
+// layerOptions are those that every copy of a backup has in common.
+func (b *backup) layerOptions(from layer.Source, ranges iter.Seq[layer.Range]) layer.Options {
+	return layer.Options{
+		Source: from, Size: b.Device.Size(), Ranges: ranges, Key: (*blocksum.Key)(&b.key),
+		Polynomial: b.r.ChunkerPolynomial(), Parallel: b.Parallel, Time: b.Time,
+		Progress: func(n int64) {
+			b.done += n
+			b.Progress(Progress{"reading", b.done, b.total})
+		},
+	}
+}
+
+// source reads a device only while what it holds is what is asked for.
+type source struct {
+	*device.Device
+	standing context.Context //nolint:containedctx // as long as one Instant
+}
+
+// ReadExtent implements [layer.Source].
+func (s source) ReadExtent(ctx context.Context, p []byte, off int64) error {
+	if err := context.Cause(s.standing); err != nil {
+		return err
+	}
+	return s.Device.ReadExtent(ctx, p, off)
+}
+
+// Buffer implements [layer.Source].
+func (s source) Buffer(n int) []byte { return device.AlignedBuffer(n) }

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package snapshot
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/dsync-backup/dsync-backup/snapshot/layer"
+)
+
+// What a device is taken for as long as nothing was measured: a slow disk.
+const (
+	unknownRate  = 50 << 20 // bytes a second
+	unknownReads = 200      // reads a second
+	// leastReads is how many reads are worth being called a measurement.
+	leastReads = 100
+)
+
+// meter measures how fast a device is read: the time in which at least one
+// read was under way counts, and that in which others were waited for does
+// not.
+type meter struct {
+	mu     sync.Mutex
+	active int
+	since  time.Time
+	now    measured
+	last   measured // the newest that means anything
+}
+
+type measured struct {
+	busy         time.Duration
+	bytes, reads int64
+}
+
+// restart begins another measurement.
+func (m *meter) restart() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.best()
+	m.now = measured{}
+}
+
+func (m *meter) best() measured {
+	if m.now.reads >= leastReads {
+		m.last = m.now
+	}
+	return m.last
+}
+
+// estimate is about how long it takes to read so much, were it as scattered
+// as what was measured, or in as many reads, whichever is slower.
+func (m *meter) estimate(a amount) time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	b := m.best()
+	perByte, perRead := 1/float64(unknownRate), 1/float64(unknownReads)
+	if b.reads > 0 {
+		perByte, perRead = b.busy.Seconds()/float64(b.bytes), b.busy.Seconds()/float64(b.reads)
+	}
+	return time.Duration(max(float64(a.bytes)*perByte, float64(a.extents)*perRead) * float64(time.Second))
+}
+
+// of measures the reads of a source.
+func (m *meter) of(s layer.Source) layer.Source { return metered{s, m} }
+
+type metered struct {
+	layer.Source
+	m *meter
+}
+
+// ReadExtent implements [layer.Source].
+func (s metered) ReadExtent(ctx context.Context, p []byte, off int64) error {
+	s.m.begin()
+	defer s.m.end(int64(len(p)))
+	return s.Source.ReadExtent(ctx, p, off)
+}
+
+func (m *meter) begin() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.active == 0 {
+		m.since = time.Now()
+	}
+	m.active++
+}
+
+func (m *meter) end(n int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.now.bytes += n
+	m.now.reads++
+	if m.active--; m.active == 0 {
+		m.now.busy += time.Since(m.since)
+	}
+}
