@@ -199,3 +199,21 @@ func (c *cache) list(folder string) []string {
 	}
 	return names
 }
+
+// scratchFile is a file for work, which has no name and goes when it is closed;
+// nil while changes are deferred.
+func (c *cache) scratchFile() (*os.File, error) {
+	c.gate.RLock()
+	defer c.gate.RUnlock()
+	if c.deferred {
+		return nil, nil
+	}
+	f, err := os.CreateTemp(c.path("tmp"), "work-*")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}

@@ -93,23 +93,30 @@ func (c *codec) sealBlob(dst, scratch []byte, t BlobType, plain []byte) (sealed,
 // openBlob checks and decodes a stored blob. The plaintext is a part of sealed,
 // which it overwrites, or lies in dst's memory or in new memory.
 func (c *codec) openBlob(dst []byte, b pack.Blob, sealed []byte) ([]byte, error) {
-	plain, err := c.key.OpenInPlace(sealed)
-	if err != nil {
-		return nil, err
+	_, plain, err := c.openText(dst, b, sealed)
+	return plain, err
+}
+
+// openText is openBlob that also gives the text between sealing and
+// compression, a part of sealed: the plaintext itself if it is not compressed.
+func (c *codec) openText(dst []byte, b pack.Blob, sealed []byte) (text, plain []byte, err error) {
+	if text, err = c.key.OpenInPlace(sealed); err != nil {
+		return nil, nil, err
 	}
+	plain = text
 	if b.Compressed() {
 		if cap(dst) < int(b.UncompressedLength) {
 			dst = make([]byte, 0, b.UncompressedLength)
 		}
-		if plain, err = c.dec.DecodeAll(plain, dst[:0]); err != nil {
-			return nil, fmt.Errorf("decompress: %w", err)
+		if plain, err = c.dec.DecodeAll(text, dst[:0]); err != nil {
+			return nil, nil, fmt.Errorf("decompress: %w", err)
 		}
 		if len(plain) != int(b.UncompressedLength) {
-			return nil, fmt.Errorf("decompress: %d bytes instead of %d", len(plain), b.UncompressedLength)
+			return nil, nil, fmt.Errorf("decompress: %d bytes instead of %d", len(plain), b.UncompressedLength)
 		}
 	}
 	if Hash(plain) != b.ID {
-		return nil, errors.New("the content does not match its ID")
+		return nil, nil, errors.New("the content does not match its ID")
 	}
-	return plain, nil
+	return text, plain, nil
 }

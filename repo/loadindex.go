@@ -149,11 +149,11 @@ func (r *Repository) convertAll(ctx context.Context, wanted map[ID]bool) ([]*ope
 func (r *Repository) convert(ctx context.Context, id ID) (*openTable, error) {
 	plain, err := r.loadUnpacked(ctx, backend.IndexFile, id)
 	if err != nil {
-		return nil, fmt.Errorf("%w (`restic repair index` makes the index anew)", err)
+		return nil, fmt.Errorf("%w (`repair index` makes the index anew)", err)
 	}
 	packs, err := index.Decode(plain)
 	if err != nil {
-		return nil, fmt.Errorf("load index %s: %w: %w (`restic repair index` makes the index anew)", id.Str(), ErrDamaged, err)
+		return nil, fmt.Errorf("load index %s: %w: %w (`repair index` makes the index anew)", id.Str(), ErrDamaged, err)
 	}
 	return r.makeTable(id, packs)
 }

@@ -26,6 +26,12 @@ const maxGap = 128 << 10
 // done. Memory: the largest of the blobs, as stored and as plaintext. blobs is
 // sorted in place.
 func (r *Repository) LoadPackBlobs(ctx context.Context, id ID, blobs []BlobLocation, fn func(BlobHandle, []byte, error) error) error {
+	return r.readPack(ctx, id, blobs, func(b BlobLocation, _, plain []byte, err error) error { return fn(b.Handle, plain, err) })
+}
+
+// readPack is LoadPackBlobs for an fn that also gets the text as it was before
+// it was sealed; nil if the blob came from another pack.
+func (r *Repository) readPack(ctx context.Context, id ID, blobs []BlobLocation, fn packFunc) error {
 	slices.SortFunc(blobs, func(a, b BlobLocation) int { return cmp.Compare(a.Offset, b.Offset) })
 	p := &packReader{repo: r, id: id, fn: fn}
 	for len(blobs) > 0 {
@@ -50,10 +56,12 @@ func spanLength(blobs []BlobLocation) int {
 	return len(blobs)
 }
 
+type packFunc func(b BlobLocation, text, plain []byte, err error) error
+
 type packReader struct {
 	repo          *Repository
 	id            ID
-	fn            func(BlobHandle, []byte, error) error
+	fn            packFunc
 	sealed, plain []byte
 }
 
@@ -104,15 +112,15 @@ func (p *packReader) deliver(ctx context.Context, b BlobLocation) error {
 	if b.Compressed() {
 		p.plain = grow(p.plain, int(b.UncompressedLength))
 	}
-	plain, err := p.repo.codec.openBlob(p.plain, b, p.sealed)
+	text, plain, err := p.repo.codec.openText(p.plain, b, p.sealed)
 	if err == nil {
-		return p.fn(b.Handle, plain, nil)
+		return p.fn(b, text, plain, nil)
 	}
 	// Once more, since the damage may have happened on the way, then elsewhere.
 	here := Location{Pack: p.id, Offset: b.Offset, Length: b.Length, UncompressedLength: b.UncompressedLength}
 	plain, err = p.repo.loadAt(ctx, b.Handle, KindData, here)
 	if err == nil {
-		return p.fn(b.Handle, plain, nil)
+		return p.fn(b, nil, plain, nil)
 	}
 	return p.elsewhere(ctx, b, err)
 }
@@ -134,7 +142,7 @@ func (p *packReader) elsewhere(ctx context.Context, b BlobLocation, err error) e
 	if ctx.Err() != nil {
 		return fmt.Errorf("read pack %s: %w", p.id.Str(), ctx.Err())
 	}
-	return p.fn(b.Handle, plain, err)
+	return p.fn(b, nil, plain, err)
 }
 
 // grow returns a slice of n bytes, in buf's memory if it is large enough.

@@ -126,7 +126,7 @@ func TestTruncatedIndexIsNamed(t *testing.T) {
 		if !errors.Is(err, ErrDamaged) {
 			t.Error(err)
 		}
-		mustBeOneLine(t, err, "index "+filepath.Base(file)[:8], "restic repair index")
+		mustBeOneLine(t, err, "index "+filepath.Base(file)[:8], "`repair index`")
 	}
 }
 

@@ -161,6 +161,9 @@ func (r *Repository) Version() int { return int(r.cfg.Version) }
 // ChunkerPolynomial is what restic cuts files with in this repository.
 func (r *Repository) ChunkerPolynomial() chunker.Pol { return r.cfg.ChunkerPolynomial }
 
+// PackSize is the size that packs are filled up to, in bytes.
+func (r *Repository) PackSize() int64 { return int64(r.opts.PackSize) }
+
 // Location is where the repository is, for messages.
 func (r *Repository) Location() string { return r.be.Location() }
 

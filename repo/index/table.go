@@ -99,12 +99,9 @@ func (t *Table) Entries() int64 { return t.header.entries }
 // Find appends every place of the blob to dst. With any, one is enough.
 func (t *Table) Find(dst []Location, h pack.Handle, any bool) ([]Location, error) {
 	want := prefix(h.ID[:])
-	// The first page that may hold the ID is the last one that begins below it.
-	first, _ := slices.BinarySearch(t.directory, want)
-	first = max(0, first-1)
 	p := pages.Get().(*page)
 	defer pages.Put(p)
-	for i := first; i < len(t.directory) && t.directory[i] <= want; i++ {
+	for i := t.firstPage(h.ID); i < len(t.directory) && t.directory[i] <= want; i++ {
 		if err := readPage(t.r, t.header.entryPage()+int64(i), p); err != nil {
 			return dst, err
 		}
@@ -131,6 +128,13 @@ func (t *Table) Find(dst []Location, h pack.Handle, any bool) ([]Location, error
 		}
 	}
 	return dst, nil
+}
+
+// firstPage is the number of the first entry page that may hold the ID: the
+// last one that begins below it.
+func (t *Table) firstPage(id pack.ID) int {
+	first, _ := slices.BinarySearch(t.directory, prefix(id[:]))
+	return max(0, first-1)
 }
 
 // lowerBound is the number of the first of a page's n entries that is not
