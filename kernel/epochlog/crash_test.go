@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/dsync-backup/dsync-backup/kernel/bpf"
+	"github.com/dsync-backup/dsync-backup/kernel/trackers"
 )
 
 const envChild = "DSYNC_TEST_EPOCHLOG_CHILD" // device, state directory, and how far to go
@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 func childLife(spec []string) error {
 	device, stateDir, end := spec[0], spec[1], spec[2]
 	ctx := context.Background()
-	tr, err := bpf.Open(device)
+	tr, err := trackers.Open(device)
 	if err != nil {
 		return err
 	}

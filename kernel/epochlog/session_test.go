@@ -14,15 +14,18 @@ import (
 	"time"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
-	"github.com/dsync-backup/dsync-backup/kernel/bpf"
+	"github.com/dsync-backup/dsync-backup/kernel/trackers"
 )
 
 const testBlocks = 2048
 
+// envTracker is the kind of tracker that the tests use; default: bpf.
+const envTracker = "DSYNC_TEST_TRACKER"
+
 // disk is a tracked loop device.
 type disk struct {
-	device  string
-	tracker *bpf.Tracker
+	device  string // as it is to be used
+	tracker trackers.Tracker
 	file    *os.File
 }
 
@@ -35,12 +38,18 @@ func newDisk(t *testing.T) *disk {
 	if err := os.Truncate(image, testBlocks*kernel.BlockSize); err != nil {
 		t.Fatal(err)
 	}
-	d := &disk{device: run(t, "losetup", "--find", "--show", image)}
-	t.Cleanup(func() { run(t, "losetup", "-d", d.device) })
+	kind := trackers.Kind(os.Getenv(envTracker))
+	if kind == "" {
+		kind = trackers.BPF
+	}
+	loop := run(t, "losetup", "--find", "--show", image)
+	t.Cleanup(func() { run(t, "losetup", "-d", loop) })
 	var err error
-	if d.tracker, err = bpf.Start(t.Context(), d.device, bpf.Options{}); err != nil {
+	d := &disk{}
+	if d.tracker, err = trackers.Start(t.Context(), loop, trackers.Options{Kind: kind}); err != nil {
 		t.Fatal(err)
 	}
+	d.device = d.tracker.Device()
 	t.Cleanup(func() {
 		if err := d.tracker.Stop(context.Background()); err != nil && !errors.Is(err, kernel.ErrNotTracked) {
 			t.Error(err)
@@ -206,10 +215,11 @@ func TestSinceNeverGuesses(t *testing.T) {
 			}
 		}, "it was told so"},
 		"Stopped": {func(t *testing.T, d *disk, _ string, _ *kernel.Position) {
-			other, err := bpf.Open(d.device)
+			other, err := trackers.Open(d.device)
 			if err != nil {
 				t.Fatal(err)
 			}
+			_ = d.file.Close() // a mapped device that is in use cannot go
 			if err := other.Stop(t.Context()); err != nil {
 				t.Fatal(err)
 			}
