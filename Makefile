@@ -3,6 +3,10 @@
 BUILD := .build
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 GO := go
+# The kernel that `make kmod` builds for: its headers, as Debian installs them.
+KDIR ?= $(firstword $(wildcard /lib/modules/$(shell uname -r)/build) $(lastword $(sort $(wildcard /lib/modules/*/build))))
+KREL = $(shell cut -d'"' -f2 $(KDIR)/include/generated/utsrelease.h)
+DKMS_SRC := /usr/src/dm-dsync-1.0.0
 export GOFLAGS := -buildvcs=false
 export GOTOOLCHAIN := auto
 
@@ -32,6 +36,17 @@ lint: $(BUILD)/golangci-lint $(BUILD)/gofumpt ## run the linters
 generate: ## rebuild the eBPF objects (needs clang)
 	$(GO) generate ./...
 
+kmod: ## build the kernel module into .build/kmod/RELEASE/ (KDIR=/usr/src/linux-headers-...)
+	@test -n "$(KDIR)" || { echo "no kernel headers: install linux-headers-amd64, or give KDIR=" >&2; exit 1; }
+	@mkdir -p $(BUILD)/kmod/$(KREL)
+	@cp kernel/module/Kbuild kernel/module/*.c $(BUILD)/kmod/$(KREL)/
+	$(MAKE) -C $(KDIR) M=$(CURDIR)/$(BUILD)/kmod/$(KREL) W=1 KCFLAGS=-Werror modules
+
+install-dkms: ## as root: install the kernel module through DKMS, for this and later kernels
+	install -d $(DKMS_SRC)
+	install -m 644 kernel/module/Kbuild kernel/module/dkms.conf kernel/module/*.c $(DKMS_SRC)/
+	dkms install --force dm-dsync/1.0.0
+
 bench: ## memory and throughput of backup and restore (minutes; needs root)
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./snapshot/... ./restore/... ./kernel/bpf ./systemtest
 
@@ -50,4 +65,4 @@ $(BUILD)/golangci-lint: tools/lint/go.mod
 $(BUILD)/gofumpt: tools/lint/go.mod
 	cd tools/lint && $(GO) build -o ../../$@ mvdan.cc/gofumpt
 
-.PHONY: help build demo test lint generate bench clean
+.PHONY: help build demo test lint generate kmod install-dkms bench clean
