@@ -30,12 +30,25 @@ func (f SnapshotFilter) Match(s *Snapshot) bool {
 			return false
 		}
 	}
-	return len(f.Tags) == 0 || slices.ContainsFunc(f.Tags, func(tags []string) bool {
-		return !slices.ContainsFunc(tags, func(tag string) bool {
-			return !slices.Contains(s.Tags, tag) && (tag != "" || len(s.Tags) > 0)
-		})
-	})
+	return len(f.Tags) == 0 || slices.ContainsFunc(f.Tags, s.HasTags)
 }
+
+// HasTags reports whether the snapshot has all of these tags. As with restic, an
+// empty tag stands for no tags at all.
+func (s *Snapshot) HasTags(tags []string) bool {
+	for _, tag := range tags {
+		if tag == "" && len(s.Tags) == 0 {
+			return true
+		}
+		if !slices.Contains(s.Tags, tag) {
+			return false
+		}
+	}
+	return true
+}
+
+// Empty reports a filter that matches all.
+func (f SnapshotFilter) Empty() bool { return len(f.Hosts)+len(f.Paths)+len(f.Tags) == 0 }
 
 func (f SnapshotFilter) String() string {
 	var parts []string

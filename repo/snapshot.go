@@ -153,3 +153,14 @@ func (r *Repository) RemoveSnapshot(ctx context.Context, id ID) error {
 	r.cache.remove(snapshotFolder + "/" + id.String())
 	return nil
 }
+
+// RemoveSnapshots deletes snapshots, several at a time, and calls done with
+// each, one at a time. It tries all of them; the first error is returned.
+func (r *Repository) RemoveSnapshots(ctx context.Context, ids []ID, done func(ID, error)) error {
+	return r.RemoveFiles(ctx, backend.SnapshotFile, ids, func(id ID, err error) {
+		if err == nil {
+			r.cache.remove(snapshotFolder + "/" + id.String())
+		}
+		done(id, err)
+	})
+}

@@ -32,6 +32,7 @@ type globals struct {
 	stateDir        string
 	cacheDir        string
 	noCache         bool
+	noLock          bool
 	json            bool
 	quiet           bool
 	verbose         int
@@ -56,6 +57,7 @@ func (g *globals) register(f *pflag.FlagSet) {
 	f.StringVar(&g.stateDir, "state-dir", envOr("DSYNC_STATE_DIR", "/var/lib/dsync-backup"), "`folder` of the epoch log (default: $DSYNC_STATE_DIR)")
 	f.StringVar(&g.cacheDir, "cache-dir", defaultCacheDir(), "`folder` of the local cache")
 	f.BoolVar(&g.noCache, "no-cache", false, "do without a local cache")
+	f.BoolVar(&g.noLock, "no-lock", false, "take no lock: for commands that only read, on a store that cannot be written to")
 	f.BoolVar(&g.json, "json", false, "print JSON to stdout, one object a line")
 	f.BoolVarP(&g.quiet, "quiet", "q", false, "no progress")
 	f.CountVarP(&g.verbose, "verbose", "v", "say more")
@@ -185,19 +187,48 @@ func (g *globals) openBackend(ctx context.Context) (backend.Backend, error) {
 	return be, nil
 }
 
-// openLocked opens the repository for a command that reads or adds to it. The
-// context ends when the lock is lost.
+// errNoLock refuses --no-lock where it would cost data.
+var errNoLock = errors.New("--no-lock is for commands that only read, and for --dry-run")
+
+// openLocked opens the repository for a command that adds to it, and loads its
+// index. The context ends when the lock is lost.
 func (g *globals) openLocked(ctx context.Context) (*repo.Repository, context.Context, error) {
-	r, err := g.open(ctx)
+	if g.noLock {
+		return nil, ctx, errNoLock
+	}
+	return g.openReading(ctx)
+}
+
+// openReading is openLocked for a command that only reads: it can do without a
+// lock.
+func (g *globals) openReading(ctx context.Context) (*repo.Repository, context.Context, error) {
+	r, ctx, err := g.openWithLock(ctx, false)
 	if err != nil {
 		return nil, ctx, err
 	}
-	lock, err := r.Lock(ctx, false, g.retryLock)
+	return r, ctx, r.LoadIndex(ctx)
+}
+
+// openExclusive opens the repository for a command that removes something,
+// unless it only tries what it would do. It does not load the index.
+func (g *globals) openExclusive(ctx context.Context, dryRun bool) (*repo.Repository, context.Context, error) {
+	if g.noLock && !dryRun {
+		return nil, ctx, errNoLock
+	}
+	return g.openWithLock(ctx, true)
+}
+
+func (g *globals) openWithLock(ctx context.Context, exclusive bool) (*repo.Repository, context.Context, error) {
+	r, err := g.open(ctx)
+	if err != nil || g.noLock {
+		return r, ctx, err
+	}
+	lock, err := r.Lock(ctx, exclusive, g.retryLock)
 	if err != nil {
 		return nil, ctx, err
 	}
 	g.closers = append(g.closers, lock.Unlock)
-	return r, lock.Context(), r.LoadIndex(lock.Context())
+	return r, lock.Context(), nil
 }
 
 // close lets go of all that was opened, last first.

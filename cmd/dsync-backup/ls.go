@@ -42,9 +42,9 @@ func (s *selectFlags) find(ctx context.Context, r *repo.Repository, name string)
 	return snapshot.Device{}, fmt.Errorf("snapshot %s holds %d devices, and none is named %q: say which one with --device", id.Str(), len(devices), s.device)
 }
 
-// open opens the repository, locked, and finds the device that the user means.
+// open opens the repository to read it, and finds the device that the user means.
 func (s *selectFlags) open(ctx context.Context, g *globals, name string) (context.Context, snapshot.Store, snapshot.Device, error) {
-	r, ctx, err := g.openLocked(ctx)
+	r, ctx, err := g.openReading(ctx)
 	if err != nil {
 		return ctx, snapshot.Store{}, snapshot.Device{}, err
 	}

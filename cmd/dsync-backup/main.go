@@ -134,7 +134,8 @@ EXIT STATUS
 	g.register(root.PersistentFlags())
 	root.AddCommand(
 		newInit(g), newTrack(g), newBackup(g), newSnapshots(g), newLs(g),
-		newRestore(g), newDump(g), newVerify(g), newUnlock(g),
+		newRestore(g), newDump(g), newVerify(g),
+		newForget(g), newPrune(g), newRepair(g), newUnlock(g),
 	)
 	return root
 }

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 	"sort"
 	"strings"
 
@@ -12,6 +13,7 @@ import (
 
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/snapshot"
+	"github.com/dsync-backup/dsync-backup/snapshot/retention"
 )
 
 func newInit(g *globals) *cobra.Command {
@@ -77,15 +79,22 @@ func newUnlock(g *globals) *cobra.Command {
 
 // filterFlags adds the flags that narrow down snapshots, and returns what makes
 // a filter of them.
-func filterFlags(cmd *cobra.Command) func() repo.SnapshotFilter {
+func filterFlags(cmd *cobra.Command) func() repo.SnapshotFilter { return filterFlagsWith(cmd, "H") }
+
+// filterFlagsWith is filterFlags with a letter of its own for --host.
+func filterFlagsWith(cmd *cobra.Command, host string) func() repo.SnapshotFilter {
 	var f repo.SnapshotFilter
 	var tags []string
-	cmd.Flags().StringArrayVarP(&f.Hosts, "host", "H", nil, "only snapshots of this `host` (may be given again)")
+	if name := os.Getenv("RESTIC_HOST"); name != "" {
+		f.Hosts = []string{name}
+	}
+	cmd.Flags().StringArrayVarP(&f.Hosts, "host", host, f.Hosts, "only snapshots of this `host` (may be given again; default: $RESTIC_HOST)")
 	cmd.Flags().StringArrayVar(&f.Paths, "path", nil, "only snapshots of this `path`")
 	cmd.Flags().StringArrayVar(&tags, "tag", nil, "only snapshots with all of these `tag[,tag,…]` (may be given again: or)")
 	return func() repo.SnapshotFilter {
+		f.Tags = nil
 		for _, t := range tags {
-			f.Tags = append(f.Tags, strings.Split(t, ","))
+			f.Tags = append(f.Tags, retention.ParseTags(t))
 		}
 		return f
 	}
@@ -104,7 +113,7 @@ func newSnapshots(g *globals) *cobra.Command {
 		Use:   "snapshots [SNAPSHOT ...]",
 		Short: "List the snapshots, restic's own too",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, ctx, err := g.openLocked(cmd.Context())
+			r, ctx, err := g.openReading(cmd.Context())
 			if err != nil {
 				return err
 			}
