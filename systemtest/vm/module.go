@@ -47,7 +47,7 @@ func buildModule(k Kernel, folder string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer os.RemoveAll(tmp)
+	defer func() { _ = os.RemoveAll(tmp) }()
 	for name, data := range sources {
 		if err := os.WriteFile(filepath.Join(tmp, name), data, 0o644); err != nil {
 			return "", err

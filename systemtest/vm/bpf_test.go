@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package vm
+
+import (
+	"testing"
+	"time"
+)
+
+// The eBPF tracker's own tests with device-mapper devices of each kind, on virtio
+// disks, and the ones that any machine runs.
+func TestBPFTracker(t *testing.T) {
+	Each(t, func(t *testing.T, k Kernel) {
+		m := Start(t, k, Config{
+			Memory: 2048,
+			Modules: []string{
+				"loop", "dm-mod", "dm-snapshot", "dm-delay", "dm-crypt", "dm-thin-pool", "dm-flakey", "dm-mirror", "xts", "ecb",
+			},
+			Loadable: []string{"xfs"},
+			Tools:    []string{"lvm", "losetup", "mkfs.ext4", "mkfs.xfs", "fsfreeze"},
+			Disks: []Disk{
+				{Name: "first", Size: 1100 << 20, Cache: "unsafe"},
+				{Name: "second", Size: 1100 << 20, Cache: "unsafe"},
+			},
+			Scratch: 2048,
+		})
+		m.GoTest("./kernel/bpf", Tests{
+			Run: "Mapped|Virtio|FailedWrite", Timeout: 30 * time.Minute,
+			Env: []string{"DSYNC_TEST_DISKS=/dev/vda /dev/vdb"},
+		})
+	})
+}
