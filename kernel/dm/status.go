@@ -97,11 +97,9 @@ func (t *Tracker) inspectTable(r record) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if len(table) == 0 || table[0].Type != targetType || table[0].Start != 0 {
+	// The module lets no other target stand behind its own.
+	if len(table) != 1 || table[0].Type != targetType {
 		return fmt.Sprintf("the table of %s was changed to one that does not track", t.Device()), nil
-	}
-	if len(table) > 1 {
-		return fmt.Sprintf("%s has other targets behind the one that tracks", t.Device()), nil
 	}
 	d, err := describe(t.dev)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -40,7 +41,7 @@ func Open(path string) (*Tracker, error) {
 	if err != nil {
 		return nil, err
 	}
-	all, err := records()
+	all, err := begun()
 	if err != nil {
 		return nil, fmt.Errorf("open tracker of %s: %w", path, err)
 	}
@@ -63,9 +64,16 @@ func Open(path string) (*Tracker, error) {
 		path, devmapper.Path(above[0].name), devmapper.Path(above[1].name))
 }
 
+// begun reads the status of every history but those of tables that never were
+// live: of a start that is under way, or was killed.
+func begun() ([]record, error) {
+	all, err := records()
+	return slices.DeleteFunc(all, func(r record) bool { return !r.live && r.invalid == "" }), err
+}
+
 // List opens every tracker of this machine.
 func List() ([]*Tracker, error) {
-	all, err := records()
+	all, err := begun()
 	if err != nil {
 		return nil, err
 	}
