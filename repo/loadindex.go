@@ -42,7 +42,24 @@ const (
 // now. Those that the cache has a table of are not read again. Call it after
 // taking the lock and after listing the snapshots, since a snapshot is written
 // after its index; it may be called again.
-func (r *Repository) LoadIndex(ctx context.Context) error {
+func (r *Repository) LoadIndex(ctx context.Context) error { return r.loadIndex(ctx, nil) }
+
+// LoadGoodIndex is LoadIndex for whoever looks for damage: it goes on without
+// the index files that cannot be read, and names them.
+func (r *Repository) LoadGoodIndex(ctx context.Context) (bad map[ID]error, err error) {
+	bad = map[ID]error{}
+	var mu sync.Mutex
+	err = r.loadIndex(ctx, func(id ID, err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		bad[id] = err
+	})
+	return bad, err
+}
+
+// loadIndex calls skip, from many goroutines, with the files that are damaged
+// or gone, which are an error if it is nil.
+func (r *Repository) loadIndex(ctx context.Context, skip func(ID, error)) error {
 	r.loadMu.Lock()
 	defer r.loadMu.Unlock()
 	files, err := listIDs(ctx, r.be, backend.IndexFile)
@@ -61,7 +78,7 @@ func (r *Repository) LoadIndex(ctx context.Context) error {
 		inUse[t.name] = true
 	}
 	cached := r.openCachedTables(wanted, isListed, inUse)
-	fresh, err := r.convertAll(ctx, wanted)
+	fresh, err := r.convertAll(ctx, wanted, skip)
 	if err != nil {
 		for _, t := range cached {
 			_ = t.close()
@@ -115,7 +132,7 @@ func (r *Repository) openCachedTables(wanted map[ID]bool, isListed func(ID) bool
 }
 
 // convertAll makes tables of the index files that have none.
-func (r *Repository) convertAll(ctx context.Context, wanted map[ID]bool) ([]*openTable, error) {
+func (r *Repository) convertAll(ctx context.Context, wanted map[ID]bool, skip func(ID, error)) ([]*openTable, error) {
 	var (
 		mu     sync.Mutex
 		tables []*openTable
@@ -129,6 +146,10 @@ func (r *Repository) convertAll(ctx context.Context, wanted map[ID]bool) ([]*ope
 		g.Go(func() error {
 			t, err := r.convert(ctx, id)
 			if err != nil {
+				if skip != nil && (errors.Is(err, ErrDamaged) || errors.Is(err, backend.ErrNotExist)) {
+					skip(id, err)
+					return nil
+				}
 				return err
 			}
 			mu.Lock()
@@ -272,7 +293,7 @@ func (r *Repository) heal(bad []*openTable) {
 			wanted[id] = true
 		}
 		r.cache.remove(t.name)
-		fresh, err := r.convertAll(ctx, wanted)
+		fresh, err := r.convertAll(ctx, wanted, nil)
 		if err != nil {
 			r.log.Error("cannot replace a damaged index table", "error", err)
 		}

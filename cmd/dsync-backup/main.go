@@ -135,7 +135,7 @@ EXIT STATUS
 	root.AddCommand(
 		newInit(g), newTrack(g), newBackup(g), newSnapshots(g), newLs(g),
 		newRestore(g), newDump(g), newVerify(g),
-		newForget(g), newPrune(g), newRepair(g), newUnlock(g),
+		newForget(g), newPrune(g), newCheck(g), newRepair(g), newUnlock(g),
 	)
 	return root
 }

@@ -43,7 +43,7 @@ func (f *pruneFlags) options(g *globals) (o prune.Options, err error) {
 		return o, fmt.Errorf("--%w", err)
 	}
 	if f.maxRepack != "" {
-		if o.MaxRepack, err = prune.ParseSize(f.maxRepack); err != nil {
+		if o.MaxRepack, err = repo.ParseSize(f.maxRepack); err != nil {
 			return o, fmt.Errorf("--max-repack-size: %w", err)
 		}
 		if o.MaxRepack == 0 {
@@ -51,7 +51,7 @@ func (f *pruneFlags) options(g *globals) (o prune.Options, err error) {
 		}
 	}
 	if f.smallerThan != "" {
-		if o.SmallPack, err = prune.ParseSize(f.smallerThan); err != nil {
+		if o.SmallPack, err = repo.ParseSize(f.smallerThan); err != nil {
 			return o, fmt.Errorf("--repack-smaller-than: %w", err)
 		}
 		if o.SmallPack > int64(g.packSize)<<20 {

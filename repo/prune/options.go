@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"math/bits"
 	"strconv"
 	"strings"
 
@@ -65,40 +64,11 @@ func ParseMaxUnused(s string) (func(used int64) int64, error) {
 		}
 		return func(used int64) int64 { return int64(p / (100 - p) * float64(used)) }, nil
 	}
-	n, err := ParseSize(s)
+	n, err := repo.ParseSize(s)
 	if err != nil {
 		return nil, fmt.Errorf("max-unused %q: want a percentage, a size such as 500M, or unlimited", s)
 	}
 	return func(int64) int64 { return n }, nil
-}
-
-// ParseSize reads a size in bytes as restic does: a number, and K, M, G or T for
-// a power of 1024, or B.
-func ParseSize(s string) (int64, error) {
-	fail := fmt.Errorf("size %q: want a number of bytes, with K, M, G or T behind it if you like", s)
-	if s == "" {
-		return 0, fail
-	}
-	unit, number := uint64(1), s[:len(s)-1]
-	switch s[len(s)-1] {
-	case 'b', 'B':
-	case 'k', 'K':
-		unit = 1 << 10
-	case 'm', 'M':
-		unit = 1 << 20
-	case 'g', 'G':
-		unit = 1 << 30
-	case 't', 'T':
-		unit = 1 << 40
-	default:
-		number = s
-	}
-	n, err := strconv.ParseUint(number, 10, 63)
-	hi, lo := bits.Mul64(n, unit)
-	if err != nil || hi != 0 || lo > math.MaxInt64 {
-		return 0, fail
-	}
-	return int64(lo), nil
 }
 
 // Errors on which callers decide.

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package repo
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+
+	"github.com/dsync-backup/dsync-backup/repo/pack"
+)
+
+// PackReport is what reading a whole pack shows.
+type PackReport struct {
+	Problem string         // of the file as a whole; "" if there is none
+	Blobs   []BlobLocation // as the header lists them; nil if it cannot be read
+	// Bad are blobs that cannot be had from this pack, and why.
+	Bad map[BlobLocation]error
+}
+
+// ReadPack reads a pack from end to end: whether its bytes match its name, its
+// header can be read, and each blob is what its ID says. entries, what the index
+// lists, are looked at too where the header does not have them; nil if only the
+// header is to be believed. An error means that the store did not give the file.
+// It reads a second time before it believes in damage. Memory: the pack.
+func (r *Repository) ReadPack(ctx context.Context, id ID, entries []BlobLocation) (PackReport, error) {
+	rep, err := r.readPackOnce(ctx, id, entries)
+	if err == nil && (rep.Problem != "" || len(rep.Bad) > 0) {
+		rep, err = r.readPackOnce(ctx, id, entries)
+	}
+	return rep, err
+}
+
+func (r *Repository) readPackOnce(ctx context.Context, id ID, entries []BlobLocation) (rep PackReport, err error) {
+	data, err := loadFile(ctx, r.be, packHandle(id))
+	if err != nil {
+		return rep, fmt.Errorf("read pack %s: %w", id.Str(), err)
+	}
+	if Hash(data) != id {
+		rep.Problem = fmt.Sprintf("its %d bytes do not match its name", len(data))
+	}
+	rep.Blobs, err = pack.ReadHeader(r.key, int64(len(data)), func(p []byte, offset int64) error {
+		_, err := bytes.NewReader(data).ReadAt(p, offset)
+		return err
+	})
+	if err != nil {
+		rep.Blobs = nil
+		if rep.Problem == "" {
+			rep.Problem = err.Error()
+		}
+	}
+	rep.Bad = map[BlobLocation]error{}
+	looked := make(map[BlobLocation]bool, len(rep.Blobs)+len(entries))
+	for _, list := range [][]BlobLocation{rep.Blobs, entries} {
+		for _, b := range list {
+			if looked[b] {
+				continue
+			}
+			looked[b] = true
+			end := uint64(b.Offset) + uint64(b.Length)
+			if end > uint64(len(data)) {
+				rep.Bad[b] = fmt.Errorf("%s lies behind the end of the file", b.Handle)
+				continue
+			}
+			// A copy, since it is opened where it lies and another entry may overlap.
+			if _, err := r.codec.openBlob(nil, b, bytes.Clone(data[b.Offset:end])); err != nil {
+				rep.Bad[b] = fmt.Errorf("%s: %w", b.Handle, err)
+			}
+		}
+	}
+	return rep, nil
+}
