@@ -58,6 +58,9 @@ func (w *walker) ext4(r span, head []byte) error {
 		unit := int64(1024) << logBlock
 		spans = append(spans, fs.clip(span{r.off + int64(block)*unit, unit}))
 	}
+	if err := w.noBootLoader(r, func() ([]span, error) { return w.extRoot(fs, sb) }); err != nil {
+		return err
+	}
 	return w.add(Part{Offset: r.off, Length: r.len, Kind: "ext4", ID: formatUUID(sb[0x68:0x78])}, spans, slack(r, fs.len))
 }
 

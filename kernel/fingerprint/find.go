@@ -63,7 +63,7 @@ func Discard(ctx context.Context, stateDir string, src Source, size int64, id Id
 	if err != nil {
 		return err
 	}
-	for _, s := range found.saved {
+	for _, s := range append(found.saved, found.others...) {
 		if err := remove(stateDir, s.Last.Tracker); err != nil {
 			return err
 		}
@@ -73,8 +73,9 @@ func Discard(ctx context.Context, stateDir string, src Source, size int64, id Id
 
 // candidates are the saved states that may be a device's.
 type candidates struct {
-	saved []Saved
-	why   error // why another one, which may have been the device's, is none
+	saved  []Saved
+	others []Saved // which have the same parts, and another identity
+	why    error   // why another one, which may have been the device's, is none
 }
 
 // similar finds the states of devices of the same size with the same parts, or,
@@ -118,6 +119,9 @@ func similar(ctx context.Context, stateDir string, src Source, size int64, id Id
 		}
 		if field, yes := s.Identity.contradicts(id); yes {
 			c.why = fmt.Errorf("what was saved as %s has another %s", s.Device, field)
+			if d.reason == "" {
+				c.others = append(c.others, s)
+			}
 			continue
 		}
 		c.saved = append(c.saved, s)

@@ -176,6 +176,9 @@ func read(dir, name string) (s Saved, err error) {
 func atEnd(dir string, last kernel.Position) error {
 	name := fmt.Sprintf("%016x", last.Epoch)
 	data, err := os.ReadFile(filepath.Join(dir, name))
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("epoch %d is not in the log %s", last.Epoch, dir)
+	}
 	if err != nil {
 		return err
 	}

@@ -46,6 +46,9 @@ func (w *walker) xfs(r span, head []byte) error {
 		spans = append(spans, span{r.off, sb.size}.clip(span{r.off + g*sb.group, 4 * sb.sector}))
 	}
 	spans = append(spans, logSpans...)
+	if err := w.noBootLoader(r, func() ([]span, error) { return w.xfsRoot(r, sb, head) }); err != nil {
+		return err
+	}
 	return w.add(Part{Offset: r.off, Length: r.len, Kind: "xfs", ID: formatUUID(sb.uuid)}, spans, slack(r, sb.size))
 }
 
