@@ -4,6 +4,7 @@ package fingerprint
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"os"
 	"path/filepath"
@@ -267,6 +268,116 @@ func TestXFSVariantsTellEveryUse(t *testing.T) {
 	} {
 		t.Run(strings.Join(args, " "), func(t *testing.T) {
 			check(t, func(t testing.TB) image { return made(t, args...) }, common)
+		})
+	}
+}
+
+// TestXFSMountedReadOnly is about the one way in which a mount of XFS leaves no
+// trace: a read-only one has written what the next one would write, and that one
+// ends in a power cut.
+func TestXFSMountedReadOnly(t *testing.T) {
+	base := made(t, "mkfs.xfs", "-q")
+	onLoop("ro")(t, base)
+	if err := base.take(Key{}).Proof(); !errors.Is(err, ErrNoProof) {
+		t.Errorf("after a read-only mount: %v", err)
+	}
+	left := cut("rw", overwrite)(t, base.copy())
+	if left.equal(base) {
+		t.Error("nothing was written")
+	}
+	base.with("rw", nil)
+	if err := base.take(Key{}).Proof(); err != nil {
+		t.Errorf("after another mount for writing: %v", err)
+	}
+}
+
+// TestXFSLogGoesRound mounts until the log has begun again from its start.
+func TestXFSLogGoesRound(t *testing.T) {
+	// mkfs makes so small a log only if it believes to be tested itself.
+	base := made(t, "env", "TEST_DIR=x", "TEST_DEV=x", "QA_CHECK_FS=x",
+		"mkfs.xfs", "-q", "-l", "size=8m,su=256k", "-d", "agcount=1", "-s", "size=4096")
+	around, last := 0, uint32(0)
+	seen := map[Digest]bool{}
+	for range 40 {
+		f := base.take(Key{})
+		if err := f.Proof(); err != nil {
+			t.Fatal(err)
+		}
+		if seen[f.Parts[0].Digest] {
+			t.Fatal("as it was once before")
+		}
+		seen[f.Parts[0].Digest] = true
+		if c := firstCycle(t, base); c != last {
+			around, last = around+1, c
+		}
+		left := cut("rw", overwrite)(t, base.copy())
+		if err := f.Compare(left.take(Key{})); err == nil {
+			t.Fatal("a power cut after an overwrite was not seen")
+		}
+		base.with("rw", func(dir string) { fillMore(t, dir) })
+	}
+	if around < 3 {
+		t.Errorf("the log began %d times", around)
+	}
+}
+
+// firstCycle is the cycle in which the log's first block was written.
+func firstCycle(t *testing.T, i image) uint32 {
+	t.Helper()
+	f, err := os.Open(i.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	head, block := make([]byte, headSize), make([]byte, 8)
+	if _, err := f.ReadAt(head, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.ReadAt(block, parseXFS(span{0, i.size()}, head).log.off); err != nil {
+		t.Fatal(err)
+	}
+	if c := binary.BigEndian.Uint32(block); c != recordMagic {
+		return c
+	}
+	return binary.BigEndian.Uint32(block[4:])
+}
+
+// fillMore makes some 500 KiB of metadata changes.
+func fillMore(t *testing.T, dir string) {
+	t.Helper()
+	sub, err := os.MkdirTemp(dir, "many")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range 600 {
+		if err := os.WriteFile(filepath.Join(sub, strings.Repeat("n", 1+n%100)+itoa(int64(n))), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestBytesBehindTheFileSystem finds what lies between the end of a file system
+// and that of its device.
+func TestBytesBehindTheFileSystem(t *testing.T) {
+	for _, mkfs := range []string{"mkfs.ext4", "mkfs.xfs"} {
+		t.Run(mkfs, func(t *testing.T) {
+			i := made(t, mkfs, "-q")
+			run(t, "truncate", "-s", itoa(imageSize+1<<20+512), i.path)
+			before := i.take(Key{})
+			if err := before.Proof(); err != nil {
+				t.Fatal(err)
+			}
+			for _, off := range []int64{imageSize, imageSize + 700001, imageSize + 1<<20 + 511} {
+				old := i.flip(off)
+				if err := before.Compare(i.take(Key{})); err == nil {
+					t.Errorf("byte %d", off)
+				}
+				i.write(old, off)
+			}
+			run(t, "truncate", "-s", itoa(imageSize+65<<20), i.path)
+			if d := doubtOf(t, i); !strings.Contains(d, "outside of any file system") {
+				t.Errorf("%q", d)
+			}
 		})
 	}
 }
