@@ -50,7 +50,7 @@ static long drop_if_ended(void *map, const __u64 *key, struct span *span, __u64 
 	if (*now - span->since < SETTLED_NS)
 		return 0;
 	if (bpf_probe_read_kernel(&flags, sizeof(flags), &bio->bi_flags) ||
-	    !(flags & (1 << __enum_value(enum bio_flag, BIO_TRACE_COMPLETION))))
+	    !(flags & traced_flag))
 		bpf_map_delete_elem(map, key);
 	return 0;
 }
@@ -65,7 +65,7 @@ __subprog int remember_bio(__u64 key, __u64 start, __u64 end)
 	old = bpf_map_lookup_elem(&inflight, &key);
 	if (old && old->start == start && old->end == end)
 		return 0;
-	span.since = bpf_ktime_get_coarse_ns();
+	span.since = bpf_ktime_get_ns();
 	if (!bpf_map_update_elem(&inflight, &key, &span, BPF_ANY))
 		return 0;
 	/* Once is enough: past that the tracker is not reliable anyway. */

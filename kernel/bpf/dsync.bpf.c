@@ -48,6 +48,8 @@ const volatile __u64 end_sector;
 const volatile bool takes_bios;
 /* The address of bio_chain_endio(), by which the part of a split bio is known. */
 const volatile __u64 chain_endio;
+/* BIO_TRACE_COMPLETION in bi_flags, which has no name to be found by here. */
+const volatile __u32 traced_flag;
 
 struct bitmap {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -81,7 +83,7 @@ struct span {
 	__u64 start; /* sectors on the disk */
 	__u64 end;
 	__u64 done; /* of a request. Bit i: copy i has seen the completion */
-	__u64 since; /* of a bio: when it was queued, in ns of the coarse clock */
+	__u64 since; /* of a bio: when it was queued, in ns */
 };
 
 /* Writes in flight, by the address of their request or bio. */

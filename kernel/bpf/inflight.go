@@ -124,11 +124,13 @@ func (t *Tracker) waitSettled(ctx context.Context) error {
 // writesInFlight counts the writes that the whole disk's driver holds, or is
 // negative if that is not known.
 func (t *Tracker) writesInFlight() int64 {
-	if readText(t.target.sysfs("queue/iostats")) != "1" {
+	switch {
+	case t.target.mapped:
+		if readText(t.target.sysfs("dm/suspended")) != "0" {
+			return -1 // what waits for the resume is not counted
+		}
+	case readText(t.target.sysfs("queue/iostats")) != "1":
 		return -1 // it does not count
-	}
-	if t.target.mapped && readText(t.target.sysfs("dm/suspended")) != "0" {
-		return -1 // what waits for the resume is not counted
 	}
 	var reads, writes int64
 	if n, _ := fmt.Fscan(strings.NewReader(readText(t.target.sysfs("inflight"))), &reads, &writes); n != 2 {

@@ -19,7 +19,6 @@ typedef _Bool bool;
 #define __inline static inline __attribute__((always_inline))
 #define __subprog static __attribute__((noinline))
 #define __core __attribute__((preserve_access_index))
-#define __enum_value(type, name) __builtin_preserve_enum_value(*(typeof(type) *)name, 1)
 
 /* enum bpf_map_type, enum bpf_map_update_elem_flags, BPF_MAP_CREATE flags */
 #define BPF_MAP_TYPE_HASH 1
@@ -36,7 +35,7 @@ static long (*bpf_map_update_elem)(void *map, const void *key, const void *value
 				   __u64 flags) = (void *)2;
 static long (*bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
 static long (*bpf_probe_read_kernel)(void *dst, __u32 size, const void *src) = (void *)113;
-static __u64 (*bpf_ktime_get_coarse_ns)(void) = (void *)160;
+static __u64 (*bpf_ktime_get_ns)(void) = (void *)5;
 static long (*bpf_for_each_map_elem)(void *map, void *fn, void *ctx, __u64 flags) = (void *)164;
 static long (*bpf_loop)(__u32 n, void *fn, void *ctx, __u64 flags) = (void *)181;
 
@@ -77,11 +76,6 @@ struct bio {
 	void *bi_end_io;
 	void *bi_private;
 } __core;
-
-/* Bits of bi_flags; the name alone matters, the number is the running kernel's. */
-enum bio_flag {
-	BIO_TRACE_COMPLETION = 1,
-};
 
 struct mapped_device {
 	struct gendisk *disk;

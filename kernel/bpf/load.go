@@ -96,8 +96,12 @@ func specify(t target) (*ebpf.CollectionSpec, error) {
 		return nil, fmt.Errorf("read the eBPF object: %w", err)
 	}
 	var chainEndio uint64
+	var tracedFlag uint32
 	if t.mapped {
 		if chainEndio, err = kernelSymbol("bio_chain_endio"); err != nil {
+			return nil, err
+		}
+		if tracedFlag, err = bioFlag("BIO_TRACE_COMPLETION"); err != nil {
 			return nil, err
 		}
 		spec.Maps[objectMapSwaps].MaxEntries = maxSwaps
@@ -115,6 +119,7 @@ func specify(t target) (*ebpf.CollectionSpec, error) {
 		objectVarEndSector:   t.start + t.sectors,
 		objectVarTakesBios:   t.mapped,
 		objectVarChainEndio:  chainEndio,
+		objectVarTracedFlag:  tracedFlag,
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("set %s in the eBPF object: %w", name, err)

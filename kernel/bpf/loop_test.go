@@ -149,7 +149,7 @@ func wantUnreliable(t testing.TB, tr kernel.Tracker, reason string) {
 // waitFor polls for what happens in the kernel's own time.
 func waitFor(t testing.TB, what string, done func() bool) {
 	t.Helper()
-	for range 1000 {
+	for range 6000 {
 		if done() {
 			return
 		}

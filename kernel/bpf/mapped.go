@@ -84,3 +84,27 @@ func kernelSymbol(name string) (uint64, error) {
 	}
 	return 0, unsupported("the kernel does not tell the address of %s, which device-mapper needs (write 1 or 0 to /proc/sys/kernel/kptr_restrict)", name)
 }
+
+// bioFlag is the mask of a flag of bios, whose number is in an enumeration
+// without a name.
+func bioFlag(name string) (uint32, error) {
+	spec, err := btf.LoadKernelSpec()
+	if err != nil {
+		return 0, unsupported("read the kernel's BTF: %w", err)
+	}
+	for typ, err := range spec.All() {
+		if err != nil {
+			return 0, unsupported("read the kernel's BTF: %w", err)
+		}
+		enum, ok := typ.(*btf.Enum)
+		if !ok {
+			continue
+		}
+		for _, v := range enum.Values {
+			if v.Name == name && v.Value < 16 {
+				return 1 << v.Value, nil
+			}
+		}
+	}
+	return 0, unsupported("the kernel's BTF has no %s", name)
+}

@@ -37,13 +37,18 @@ func wantEqual(t *testing.T, got, want *kernel.Bitmap) {
 
 func TestBitmapEqualsAlignedDirectWrites(t *testing.T) {
 	device, _ := newLoop(t, 64<<20+512) // the last block is short
+	testAlignedWrites(t, device, 64<<20+512, 500)
+}
+
+// testAlignedWrites writes to a device of at least 64 MiB.
+func testAlignedWrites(t *testing.T, device string, size int64, writes int) {
 	tr := track(t, device)
 	f := openDirect(t, device)
 	rng := seed(t)
 	buf := alignedBuffer(1 << 20)
 	for range 5 {
-		want := kernel.NewBitmap(kernel.BlocksOf(64<<20 + 512))
-		for range 500 {
+		want := kernel.NewBitmap(kernel.BlocksOf(size))
+		for range writes {
 			first := rng.Int64N(64 << 8)
 			n := min(1+rng.Int64N(256), 64<<8-first)
 			if _, err := f.WriteAt(buf[:n*kernel.BlockSize], first*kernel.BlockSize); err != nil {
@@ -51,10 +56,10 @@ func TestBitmapEqualsAlignedDirectWrites(t *testing.T) {
 			}
 			want.SetRange(first, first+n-1)
 		}
-		if _, err := f.WriteAt(buf[:512], 64<<20); err != nil {
+		if _, err := f.WriteAt(buf[:512], size-512); err != nil {
 			t.Fatal(err)
 		}
-		want.Set(64 << 8)
+		want.Set(want.Blocks() - 1)
 		wantEqual(t, rotate(t, tr), want)
 	}
 	wantReliable(t, tr)

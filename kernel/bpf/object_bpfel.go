@@ -62,6 +62,7 @@ const (
 	objectVarEndSector     = "end_sector"
 	objectVarStartSector   = "start_sector"
 	objectVarTakesBios     = "takes_bios"
+	objectVarTracedFlag    = "traced_flag"
 )
 
 // loadObject returns the embedded CollectionSpec for object.
@@ -150,6 +151,7 @@ type objectVariableSpecs struct {
 	EndSector   *ebpf.VariableSpec `ebpf:"end_sector"`
 	StartSector *ebpf.VariableSpec `ebpf:"start_sector"`
 	TakesBios   *ebpf.VariableSpec `ebpf:"takes_bios"`
+	TracedFlag  *ebpf.VariableSpec `ebpf:"traced_flag"`
 }
 
 // objectObjects contains all objects after they have been loaded into the kernel.
@@ -212,6 +214,7 @@ type objectVariables struct {
 	EndSector   *ebpf.Variable `ebpf:"end_sector"`
 	StartSector *ebpf.Variable `ebpf:"start_sector"`
 	TakesBios   *ebpf.Variable `ebpf:"takes_bios"`
+	TracedFlag  *ebpf.Variable `ebpf:"traced_flag"`
 }
 
 // objectPrograms contains all programs after they have been loaded into the kernel.

@@ -16,15 +16,7 @@ import (
 	"github.com/dsync-backup/dsync-backup/kernel"
 )
 
-const (
-	supersetBlocks    = 1 << 17 // 512 MiB
-	supersetWriters   = 8
-	supersetRotations = 100
-
-	// The blocks behind it are written through the page cache, those before it
-	// past it: the kernel reports a collision of the two as an I/O error.
-	supersetDirect = supersetBlocks / 8 * 7
-)
+const supersetWriters = 8
 
 // change is a write of the model: the blocks first to last changed at some time
 // after `from` rotations had returned and before more than `to` had begun.
@@ -35,7 +27,20 @@ type change struct {
 
 // superset is the model, and what its writers share.
 type superset struct {
-	device          string
+	device string
+	blocks int64
+	// The blocks behind it are written through the page cache, those before it
+	// past it: the kernel reports a collision of the two as an I/O error.
+	pastCache int64
+	fails     bool // writes may fail, and then have done anything
+	alone     bool // no load elsewhere
+	count     int64
+	rotations int64 // 100 if 0
+
+	// disturb does something to the device while an epoch is rotated, and
+	// waits for the rotation's end.
+	disturb func(t *testing.T, round int64, tr *Tracker, rotate func())
+
 	direct          *os.File
 	buffered        *os.File
 	began, returned atomic.Int64 // rotations
@@ -57,10 +62,22 @@ func TestNoChangeIsMissed(t *testing.T) {
 	if os.Getenv("SOAK") != "" {
 		count = 200_000
 	}
-	device, _ := newLoop(t, supersetBlocks*kernel.BlockSize)
-	tr := track(t, device)
-	s := &superset{device: device, direct: openDirect(t, device), buffered: openDevice(t, device, os.O_RDWR)}
-	stop := heavyLoad(t)
+	const blocks = 1 << 17 // 512 MiB
+	device, _ := newLoop(t, blocks*kernel.BlockSize)
+	(&superset{device: device, blocks: blocks, pastCache: blocks / 8 * 7, count: count}).run(t)
+}
+
+func (s *superset) run(t *testing.T) {
+	count, rotations := s.count, int64(100)
+	if s.rotations > 0 {
+		rotations = s.rotations
+	}
+	tr := track(t, s.device)
+	s.direct, s.buffered = openDirect(t, s.device), openDevice(t, s.device, os.O_RDWR)
+	stop := func() {}
+	if !s.alone {
+		stop = heavyLoad(t)
+	}
 	rng := seed(t)
 
 	var writers sync.WaitGroup
@@ -68,6 +85,7 @@ func TestNoChangeIsMissed(t *testing.T) {
 	for w := range supersetWriters {
 		r := rand.New(rand.NewPCG(rng.Uint64(), rng.Uint64()))
 		ring := newURing(t)
+		ring.fails = s.fails
 		writers.Go(func() {
 			for s.ops.Add(1) <= count && !t.Failed() {
 				s.changes[w] = append(s.changes[w], s.write(t, r, ring)...)
@@ -75,13 +93,19 @@ func TestNoChangeIsMissed(t *testing.T) {
 		})
 	}
 	before := s.content(t)
-	for i := range int64(supersetRotations) {
-		waitFor(t, "the writers get on", func() bool { return s.ops.Load() > i*count/supersetRotations })
+	for i := range rotations {
+		waitFor(t, "the writers get on", func() bool { return s.ops.Load() > i*count/rotations })
 		checkpoint := i%10 >= 8 // after one epoch, and after nine
 		if checkpoint {
 			s.pause.Lock()
 		}
-		s.rotate(t, tr)
+		rotated := false
+		if s.disturb != nil && !checkpoint {
+			s.disturb(t, i, tr, func() { s.rotate(t, tr); rotated = true })
+		}
+		if !rotated {
+			s.rotate(t, tr)
+		}
 		if checkpoint {
 			before = s.checkContent(t, before)
 			s.pause.Unlock()
@@ -122,7 +146,7 @@ func (s *superset) write(t *testing.T, r *rand.Rand, ring *uring) []change {
 	}
 	blocks := func(maxBlocks int64) (first, n int64) {
 		n = 1 + r.Int64N(maxBlocks)
-		first = r.Int64N(supersetDirect - n)
+		first = r.Int64N(s.pastCache - n)
 		ranges = append(ranges, [2]int64{first * 8, n * 8})
 		return first, n
 	}
@@ -130,13 +154,13 @@ func (s *superset) write(t *testing.T, r *rand.Rand, ring *uring) []change {
 	var err error
 	switch k := r.IntN(100); {
 	case k < 50:
-		offset, n := one(64, 0, supersetDirect)
+		offset, n := one(64, 0, s.pastCache)
 		_, err = s.direct.WriteAt(s.fill(alignedBuffer(int(n))), offset)
 	case k < 52:
-		offset, n := one(4096, 0, supersetDirect)
+		offset, n := one(4096, 0, s.pastCache)
 		_, err = s.direct.WriteAt(s.fill(alignedBuffer(int(n))), offset)
-	case k < 65:
-		offset, n := one(64, supersetDirect, supersetBlocks)
+	case k < 65 && s.pastCache < s.blocks:
+		offset, n := one(64, s.pastCache, s.blocks)
 		if _, err = s.buffered.WriteAt(s.fill(alignedBuffer(int(n))), offset); err == nil {
 			err = unix.SyncFileRange(int(s.buffered.Fd()), offset, n, syncAll)
 		}
@@ -155,7 +179,7 @@ func (s *superset) write(t *testing.T, r *rand.Rand, ring *uring) []change {
 		first, n := blocks(8)
 		list := [][2]int64{{first, n}}
 		for range 1 + r.IntN(6) {
-			first = min(first+n, supersetDirect-8)
+			first = min(first+n, s.pastCache-8)
 			n = 1 + r.Int64N(8)
 			list = append(list, [2]int64{first, n})
 			ranges = append(ranges, [2]int64{first * 8, n * 8})
@@ -169,7 +193,7 @@ func (s *superset) write(t *testing.T, r *rand.Rand, ring *uring) []change {
 		first, n := blocks(64)
 		err = unix.Fallocate(int(s.direct.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, first*4096, n*4096)
 	}
-	if err != nil {
+	if err != nil && !s.fails {
 		t.Errorf("write %v: %v", ranges, err)
 	}
 	to := s.began.Load()
@@ -214,9 +238,9 @@ func (s *superset) checkChanges(t *testing.T) {
 // content reads the device, which nobody writes to, and hashes each block.
 func (s *superset) content(t *testing.T) []uint64 {
 	t.Helper()
-	out := make([]uint64, 0, supersetBlocks)
+	out := make([]uint64, 0, s.blocks)
 	buf := alignedBuffer(4 << 20)
-	for offset := int64(0); offset < supersetBlocks*kernel.BlockSize; offset += int64(len(buf)) {
+	for offset := int64(0); offset < s.blocks*kernel.BlockSize; offset += int64(len(buf)) {
 		if _, err := s.direct.ReadAt(buf, offset); err != nil {
 			t.Fatal(err)
 		}
@@ -233,7 +257,7 @@ var hashSeed = maphash.MakeSeed()
 // holds the difference against the epochs since.
 func (s *superset) checkContent(t *testing.T, before []uint64) []uint64 {
 	t.Helper()
-	union := kernel.NewBitmap(supersetBlocks)
+	union := kernel.NewBitmap(s.blocks)
 	for _, e := range s.epochs[s.checked:] {
 		if err := union.Or(e); err != nil {
 			t.Fatal(err)

@@ -146,7 +146,8 @@ func (t target) refuse() error {
 	if readText(t.sysfs("hidden")) == "1" {
 		return no("it is one path of a multipath device")
 	}
-	if readText(t.sysfs("queue/iostats")) != "1" {
+	// Device-mapper counts, whatever stands there.
+	if !t.mapped && readText(t.sysfs("queue/iostats")) != "1" {
 		return no("it does not count its writes in flight: write 1 to " + t.sysfs("queue/iostats"))
 	}
 	return t.refuseMultipath()
