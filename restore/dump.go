@@ -77,7 +77,7 @@ func Dump(ctx context.Context, store snapshot.Store, out io.Writer, o DumpOption
 			cancel(err)
 		}
 	})
-	to := &stream{out: out, progress: newProgress(PhaseRestoring, size, o.Progress)}
+	to := &dumper{out: out, progress: newProgress(PhaseRestoring, size, o.Progress)}
 	d.free <- nil
 	d.free <- nil
 	for s := range d.ready {
@@ -164,15 +164,15 @@ func (s stager) close() error { return nil }
 // zeroBytes is how many zeros are written at a time.
 const zeroBytes = 1 << 20
 
-// stream writes windows one after the other.
-type stream struct {
+// dumper writes windows one after the other.
+type dumper struct {
 	out   io.Writer
 	n     int64
 	zeros []byte
 	*progress
 }
 
-func (s *stream) window(ctx context.Context, w staged) error {
+func (s *dumper) window(ctx context.Context, w staged) error {
 	at := int64(0)
 	for _, r := range w.runs {
 		for left := r.Length; left > 0; {
@@ -197,7 +197,7 @@ func (s *stream) window(ctx context.Context, w staged) error {
 	return nil
 }
 
-func (s *stream) write(ctx context.Context, p []byte) error {
+func (s *dumper) write(ctx context.Context, p []byte) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("after %d bytes: %w", s.n, context.Cause(ctx))
 	}

@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -60,7 +61,19 @@ func main() {
 	// What we print while a file system is frozen waits for the thaw: whoever
 	// reads it may be writing to that file system.
 	out, errs := freeze.NewHoldOutput(os.Stdout, heldOutput), freeze.NewHoldOutput(os.Stderr, heldOutput)
-	os.Exit(run(os.Args[1:], out, errs))
+	os.Exit(run(arguments(os.Args), out, errs))
+}
+
+// arguments are those of the command, which may also be called by the names of
+// the two that make a pipeline.
+func arguments(args []string) []string {
+	switch filepath.Base(args[0]) {
+	case "dmextract":
+		return append([]string{"extract"}, args[1:]...)
+	case "dmmerge":
+		return append([]string{"merge"}, args[1:]...)
+	}
+	return args[1:]
 }
 
 func run(args []string, stdout, stderr *freeze.HoldOutput) int {
@@ -134,6 +147,7 @@ EXIT STATUS
 	g.register(root.PersistentFlags())
 	root.AddCommand(
 		newInit(g), newTrack(g), newBackup(g), newSnapshots(g), newLs(g),
+		newExtract(g), newMerge(g), newSync(g),
 		newRestore(g), newDump(g), newVerify(g),
 		newForget(g), newPrune(g), newCheck(g), newRepair(g), newUnlock(g),
 	)
