@@ -186,18 +186,19 @@ func (w *walker) xfsRoot(r span, sb xfsSuper, head []byte) ([]span, error) {
 	default:
 		return nil, nil
 	}
-	// Extents fill the data fork from its start; the first of length 0 ends them.
+	// The data fork begins with as many extents as the inode counts.
+	n := uint64(binary.BigEndian.Uint32(b[76:]))
+	if wide := uint64(0x10); binary.BigEndian.Uint64(b[120:])&wide != 0 {
+		n = binary.BigEndian.Uint64(b[24:])
+	}
 	fork := b[176:]
-	if n := int(b[82]) * 8; n > 0 && n < len(fork) {
-		fork = fork[:n]
+	if n == 0 || n > uint64(len(fork)/16) {
+		return nil, nil
 	}
 	var out []span
-	for ; len(fork) >= 16; fork = fork[16:] {
-		l0, l1 := binary.BigEndian.Uint64(fork), binary.BigEndian.Uint64(fork[8:])
+	for e := range slices.Chunk(fork[:16*n], 16) {
+		l0, l1 := binary.BigEndian.Uint64(e), binary.BigEndian.Uint64(e[8:])
 		count := int64(l1 & (1<<21 - 1))
-		if count == 0 {
-			break
-		}
 		start := l0&(1<<9-1)<<43 | l1>>21
 		if start>>agLog >= uint64(sb.groups) {
 			return nil, nil

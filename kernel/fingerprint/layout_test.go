@@ -134,10 +134,11 @@ func TestBootLoadersFolders(t *testing.T) {
 		{"mkfs.ext4", "-q"},
 		{"mkfs.ext2", "-q"},
 		{"mkfs.xfs", "-q"},
+		{"mkfs.xfs", "-q", "-i", "nrext64=1", "-n", "size=16k"},
 		{"mkfs.ext4", "-q", "-b", "1024", "-O", "^extents,^64bit"},
 	} {
-		for _, many := range []int{0, 3000} {
-			t.Run(strings.Join(mkfs, " ")+strings.Repeat(" many", min(many, 1)), func(t *testing.T) {
+		for _, many := range []int{0, 40, 3000} {
+			t.Run(strings.Join(mkfs, " ")+" "+itoa(int64(many)), func(t *testing.T) {
 				i := made(t, mkfs...)
 				i.with("rw", func(dir string) {
 					for n := range many {

@@ -121,7 +121,7 @@ const (
 //   - Each block of the log says in its first word, or in the second of a record's
 //     header, in which cycle it was written. The head is where that falls.
 //   - The last record before the head of a clean log is an unmount record. A
-//     mount for writing ends with another one behind it, so that the head moves.
+//     mount ends with another one behind it, so that the head moves.
 //   - A mount starts by writing stale headers to the 2 MiB behind the head (also a
 //     read-only one, if the device is writable), which bear the tail that the
 //     last record gives. That is how a mount is seen that ended in a power cut.
@@ -146,7 +146,7 @@ func (w *walker) xfsLog(r span, sb xfsSuper) ([]span, error) {
 		return nil, err
 	}
 	if binary.BigEndian.Uint32(next) == recordMagic && bytes.Equal(next[24:32], record[24:32]) {
-		return nil, doubtf("the xfs at byte %d was mounted read-only since it was last mounted for writing, so that another mount could leave no trace", r.off)
+		return nil, doubtf("the xfs at byte %d is mounted, or was when the power was cut, so that another mount could leave no trace", r.off)
 	}
 	// The window wraps at the end of the log.
 	log := span{start, sb.log.len}
