@@ -38,16 +38,6 @@ func disksBelow(t testing.TB, n int, sectors uint64) []string {
 	return out
 }
 
-// number is a device as a table names it.
-func number(t testing.TB, device string) string {
-	t.Helper()
-	dev, err := deviceNumber(device)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return dev.String()
-}
-
 // mapped is a device-mapper device under test.
 type mapped struct{ device, name string }
 
@@ -73,8 +63,10 @@ var mappedKinds = []mappedKind{
 	{"origin", newOrigin},
 	{"crypt", func(t testing.TB, sectors uint64) mapped {
 		d := disksBelow(t, 1, sectors)[0]
-		return newMapped(t, "crypt", devmapper.Target{Length: sectors, Type: "crypt",
-			Params: "aes-xts-plain64 " + strings.Repeat("5a", 32) + " 0 " + d + " 0 1 allow_discards"})
+		return newMapped(t, "crypt", devmapper.Target{
+			Length: sectors, Type: "crypt",
+			Params: "aes-xts-plain64 " + strings.Repeat("5a", 32) + " 0 " + d + " 0 1 allow_discards",
+		})
 	}},
 	{"thin", newThin},
 	{"lvm", newLV},
