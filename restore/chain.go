@@ -133,7 +133,11 @@ func (c *chain) check(ctx context.Context) error {
 		return err
 	}
 	if r := gone.list(); len(r) > 0 {
-		return &DamageError{r, errors.New("no layer has them")}
+		// Salvage goes on all the same, and must know of absent packs too.
+		if c.absent, err = absentPacks(ctx, c.store.Backend(), packs); err != nil {
+			return err
+		}
+		return &DamageError{r, errMissing}
 	}
 	if c.absent, err = absentPacks(ctx, c.store.Backend(), packs); err != nil {
 		return err
@@ -176,6 +180,9 @@ func (c *chain) locations(id repo.ID) []repo.Location {
 	}
 	return good
 }
+
+// errMissing is why a range that no layer describes cannot be given.
+var errMissing = errors.New("no layer has them")
 
 func dataBlob(id repo.ID) repo.BlobHandle { return repo.BlobHandle{Type: repo.DataBlob, ID: id} }
 

@@ -9,6 +9,7 @@ import (
 	"io"
 	"sync"
 
+	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/snapshot"
 )
@@ -17,6 +18,9 @@ import (
 type DumpOptions struct {
 	Device   snapshot.Device
 	Progress func(Progress)
+	// Salvage writes zeros where the repository cannot give the bytes, and
+	// goes on. The error at the end names these ranges.
+	Salvage bool
 
 	limits limits // zero: dumpLimits
 }
@@ -34,11 +38,33 @@ type dump struct {
 	fetch *fetcher
 	free  chan []byte
 	ready chan staged
+
+	mu   sync.Mutex
+	lost rangeSet
+	why  error // of the first of them
+}
+
+// lose notes ranges that cannot be given; unless they may be left out, that is
+// the error.
+func (d *dump) lose(cause error, extents ...kernel.Extent) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.why == nil {
+		d.why = cause
+	}
+	for _, e := range extents {
+		d.lost.add(e)
+	}
+	if d.Salvage {
+		return nil
+	}
+	return &DamageError{d.lost.list(), d.why}
 }
 
 // Dump writes the bytes of a snapshot's device to a stream, in order, and
 // fetches ahead. Nothing is written before the snapshot's metadata has been
-// checked; of data, nothing that was not checked. It ends at the first error,
+// checked; of data, nothing that was not checked. Unless it salvages, it ends at
+// the first error,
 // after which the stream holds the beginning of the device: the number of
 // bytes that were written is returned. Damage is a [DamageError].
 func Dump(ctx context.Context, store snapshot.Store, out io.Writer, o DumpOptions) (n int64, err error) {
@@ -54,18 +80,23 @@ func Dump(ctx context.Context, store snapshot.Store, out io.Writer, o DumpOption
 	if d.chain, err = openChain(ctx, store, o.Device); err != nil {
 		return 0, err
 	}
-	if err := d.chain.check(ctx); err != nil {
-		return 0, err
-	}
 	size := d.chain.size()
+	d.lost.size = size
+	if err := d.chain.check(ctx); err != nil {
+		lost := (*DamageError)(nil)
+		if !o.Salvage || !errors.As(err, &lost) {
+			return 0, err
+		}
+		d.why = lost.Cause
+	}
 	d.fetch = newFetcher(d.chain)
 	d.fetch.kept = &blobCache{blobs: map[repo.ID][]byte{}}
 	d.fetch.bad = func(segs []segment, err error) error {
-		bad := rangeSet{size: size}
-		for _, s := range segs {
-			bad.add(s.extent())
+		extents := make([]kernel.Extent, len(segs))
+		for i, s := range segs {
+			extents[i] = s.extent()
 		}
-		return &DamageError{bad.list(), err}
+		return d.lose(err, extents...)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	var wg sync.WaitGroup
@@ -92,6 +123,9 @@ func Dump(ctx context.Context, store snapshot.Store, out io.Writer, o DumpOption
 	if to.n != size {
 		return to.n, fmt.Errorf("%d bytes came out, the device has %d", to.n, size)
 	}
+	if lost := d.lost.list(); len(lost) > 0 {
+		return to.n, &DamageError{lost, d.why}
+	}
 	return to.n, nil
 }
 
@@ -99,6 +133,10 @@ func Dump(ctx context.Context, store snapshot.Store, out io.Writer, o DumpOption
 func (d *dump) read(ctx context.Context) error {
 	m := d.chain.merger()
 	b := &builder{lim: d.limits, size: d.chain.size(), emit: func(w *window) error { return d.stage(ctx, w) }}
+	if d.Salvage {
+		b.gaps = true
+		b.missing = func(e kernel.Extent) { _ = d.lose(errMissing, e) } // it may be left out
+	}
 	for {
 		p, err := m.Next(ctx)
 		if errors.Is(err, io.EOF) {
@@ -124,6 +162,9 @@ func (d *dump) stage(ctx context.Context, w *window) error {
 		s.data = make([]byte, max(w.bytes, d.limits.bytes))
 	}
 	s.data = s.data[:w.bytes]
+	if d.Salvage {
+		clear(s.data) // what cannot be fetched is zeros
+	}
 	if err := d.fetch.fetch(ctx, w, w.needs, d.notKept(s.data), func() sink { return stager(s.data) }); err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@ package restore
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -48,11 +49,14 @@ type Options struct {
 	// Target is a block device, at least as large as the snapshot's, or a
 	// file, which gets exactly its size and is made if it does not exist. It
 	// must not be in use.
-	Target   string
-	Changes  Changes
-	Verify   bool // read it back and compare
-	Force    bool // overwrite a target that holds data
-	Parallel int  // writes, and reads to compare, in flight; 0 means 8
+	Target  string
+	Changes Changes
+	Verify  bool // read it back and compare
+	Force   bool // overwrite a target that holds data
+	// Salvage writes what there is of a snapshot whose packs are damaged or
+	// missing, instead of refusing it. The error names what there is not.
+	Salvage  bool
+	Parallel int // writes, and reads to compare, in flight; 0 means 8
 	Progress func(Progress)
 
 	limits limits // zero: restoreLimits
@@ -92,7 +96,8 @@ type restore struct {
 // [DamageError] names the ranges), a [DifferError]. Only one that is
 // [ErrIncomplete] comes after the target was touched, or a DifferError. Damage
 // that only reading shows does not end the restore: the rest is written, and
-// the damaged ranges keep what the target held (in an emptied file: zeros).
+// the damaged ranges keep what the target held (in an emptied file: zeros); with
+// Salvage so does damage that shows before.
 func Restore(ctx context.Context, store snapshot.Store, o Options) (_ *Result, err error) {
 	started := time.Now()
 	r := &restore{Options: o}
@@ -150,6 +155,9 @@ func (r *restore) open(ctx context.Context, store snapshot.Store) error {
 	if r.chain, err = openChain(ctx, store, r.Device); err == nil {
 		err = r.chain.check(ctx)
 	}
+	if lost := (*DamageError)(nil); r.Salvage && errors.As(err, &lost) {
+		r.cause, err = lost.Cause, nil
+	}
 	if err != nil {
 		return fmt.Errorf("check snapshot %s: %w", r.Device.Snapshot.Str(), err)
 	}
@@ -200,6 +208,9 @@ func (r *restore) transfer(ctx context.Context, cancel context.CancelCauseFunc) 
 				return context.Cause(ctx)
 			}
 		}}
+		if r.Salvage {
+			b.missing = func(e kernel.Extent) { r.lose(e, errMissing) }
+		}
 		if err := r.plan(ctx, b); err != nil {
 			cancel(err)
 		}

@@ -3,8 +3,6 @@
 package restore
 
 import (
-	"errors"
-
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/snapshot/layer"
@@ -58,12 +56,22 @@ type builder struct {
 	size int64 // of the device
 	w    *window
 	emit func(*window) error
+	// missing, if set, is told of what no layer has, which is else an error.
+	missing func(kernel.Extent)
+	gaps    bool // put zeros where nothing is known
 }
 
 // add adds the next piece, which begins at a whole block.
 func (b *builder) add(p layer.Piece) error {
-	if p.Missing { // a check has excluded that
-		return &DamageError{[]kernel.Extent{{Offset: p.Offset, Length: p.Length}}, errors.New("no layer has them")}
+	if p.Missing && b.missing == nil { // a check has excluded that
+		return &DamageError{[]kernel.Extent{{Offset: p.Offset, Length: p.Length}}, errMissing}
+	}
+	if p.Missing {
+		b.missing(kernel.Extent{Offset: p.Offset, Length: p.Length})
+		if !b.gaps {
+			return nil
+		}
+		p.Zero = true
 	}
 	if p.Zero {
 		b.run(run{kernel.Extent{Offset: p.Offset, Length: p.Length}, true})

@@ -4,7 +4,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 
 	"github.com/spf13/cobra"
 
@@ -40,6 +42,7 @@ small is refused; one with data on it needs --force.
 	cmd.Flags().StringVar(&changes, "changes", changes, "what to write: auto, compare or all")
 	cmd.Flags().BoolVar(&o.Verify, "verify", false, "read the target again afterwards and compare")
 	cmd.Flags().BoolVar(&o.Force, "force", false, "overwrite a target that has data on it")
+	cmd.Flags().BoolVar(&o.Salvage, "salvage", false, "of a damaged snapshot write what there is; the ranges that are not there are printed, keep what the target held, and the exit status is 1")
 	return cmd
 }
 
@@ -54,6 +57,10 @@ func runRestore(ctx context.Context, g *globals, sel *selectFlags, name string, 
 	o.Progress = func(pr restore.Progress) { p.update(pr.Phase, pr.Done, pr.Total) }
 	res, err := restore.Restore(ctx, from, o)
 	if err != nil {
+		p.end()
+		if o.Salvage {
+			g.printLost(g.stdout, err)
+		}
 		return causeOf(ctx, err)
 	}
 	p.end()
@@ -66,8 +73,28 @@ func runRestore(ctx context.Context, g *globals, sel *selectFlags, name string, 
 	return nil
 }
 
+// printLost prints every range that a damaged snapshot could not give: the error
+// itself names only some.
+func (g *globals) printLost(w io.Writer, err error) {
+	var lost *restore.DamageError
+	if !errors.As(err, &lost) {
+		return
+	}
+	for _, e := range lost.Ranges {
+		if g.json {
+			g.printJSON(w, struct {
+				MessageType string `json:"message_type"`
+				kernel.Extent
+			}{"lost", e})
+		} else {
+			fmt.Fprintf(w, "lost at %d, %d bytes\n", e.Offset, e.Length)
+		}
+	}
+}
+
 func newDump(g *globals) *cobra.Command {
 	var sel selectFlags
+	salvage := false
 	cmd := &cobra.Command{
 		Use:   "dump SNAPSHOT",
 		Short: "Write a snapshot of a device to standard output",
@@ -77,11 +104,15 @@ func newDump(g *globals) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_, err = restore.Dump(ctx, from, g.stdout, restore.DumpOptions{Device: d})
+			_, err = restore.Dump(ctx, from, g.stdout, restore.DumpOptions{Device: d, Salvage: salvage})
+			if err != nil && salvage {
+				g.printLost(g.stderr, err) // stdout is the device
+			}
 			return causeOf(ctx, err)
 		},
 	}
 	sel.register(cmd)
+	cmd.Flags().BoolVar(&salvage, "salvage", false, "of a damaged snapshot write what there is, and zeros for the rest; the ranges are printed to standard error, and the exit status is 1")
 	return cmd
 }
 

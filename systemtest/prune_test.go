@@ -1,0 +1,400 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package systemtest
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dsync-backup/dsync-backup/repo/backend/miniotest"
+)
+
+// mixed is a repository in which device snapshots and restic's file snapshots
+// live together, and what each of them must give.
+type mixed struct {
+	*env
+	r       *rand.Rand
+	c       *content
+	img     string
+	files   string
+	devices map[string]string // the truth of each, by ID
+	folders map[string]string
+	rounds  int
+}
+
+func newMixed(e *env, r *rand.Rand) *mixed {
+	e.t.Helper()
+	m := &mixed{env: e, r: r, c: newContent(r, true), devices: map[string]string{}, folders: map[string]string{}}
+	m.img = image(e.t, m.c, 12<<20)
+	m.files = sourceFiles(e.t, "archive")
+	return m
+}
+
+// back makes a snapshot of the changed image and one of the changed files.
+func (m *mixed) back() {
+	m.t.Helper()
+	m.rounds++
+	f := direct(m.t, m.img)
+	writeBlocks(m.t, f, m.c, someBlocks(m.r, 12<<20, 60+m.r.IntN(200)))
+	if m.r.IntN(2) == 0 {
+		fillRange(m.t, f, m.c, m.r.Int64N(9)<<20, 3<<20)
+	}
+	if err := f.Close(); err != nil {
+		m.t.Fatal(err)
+	}
+	truth := filepath.Join(m.t.TempDir(), "truth")
+	run(m.t, "cp", m.img, truth)
+	m.devices[m.backup("--pack-size", "4", m.img).SnapshotID.String()] = truth
+
+	b := make([]byte, 200<<10)
+	m.c.fill(b)
+	if err := os.WriteFile(filepath.Join(m.files, "new"+strconv.Itoa(m.r.IntN(3))), b, 0o644); err != nil {
+		m.t.Fatal(err)
+	}
+	saved := filepath.Join(m.t.TempDir(), "saved")
+	run(m.t, "cp", "-a", m.files, saved)
+	m.folders[m.resticBackup([]string{"0.14", "0.18"}[m.r.IntN(2)], m.files).SnapshotID] = saved
+}
+
+// forgets removes some snapshots, with ours or with restic.
+func (m *mixed) forgets() {
+	m.t.Helper()
+	var args []string
+	for _, all := range []map[string]string{m.devices, m.folders} {
+		ids := slices.Sorted(maps.Keys(all))
+		m.r.Shuffle(len(ids), func(i, j int) { ids[i], ids[j] = ids[j], ids[i] })
+		for _, id := range ids[:max(0, len(ids)-2)] {
+			args = append(args, id)
+			delete(all, id)
+		}
+	}
+	if len(args) == 0 {
+		return
+	}
+	if m.r.IntN(2) == 0 {
+		m.must(append([]string{"forget"}, args...)...)
+	} else {
+		m.restic("0.18", append([]string{"forget"}, args...)...)
+	}
+}
+
+// gives restores what is kept: everything, or one of each kind.
+func (m *mixed) gives(all bool) {
+	m.t.Helper()
+	for id, truth := range m.devices {
+		m.restoresTo(id, truth)
+		if !all {
+			break
+		}
+	}
+	for id, saved := range m.folders {
+		to := m.t.TempDir()
+		m.restic("0.18", "restore", id, "--target", to)
+		run(m.t, "diff", "-r", saved, filepath.Join(to, m.files))
+		if !all {
+			break
+		}
+	}
+}
+
+// clean has both programs read everything.
+func (m *mixed) clean() {
+	m.t.Helper()
+	m.must("-q", "check", "--read-data")
+	m.restic("0.18", "check", "--read-data")
+}
+
+// randomPrune makes flags that both programs know.
+func randomPrune(r *rand.Rand) []string {
+	args := []string{"prune", "--max-unused", []string{"0", "5%", "20%", "300k", "unlimited"}[r.IntN(5)]}
+	for _, f := range []string{"--repack-cacheable-only", "--repack-small", "--repack-uncompressed"} {
+		if r.IntN(6) == 0 {
+			args = append(args, f)
+		}
+	}
+	if r.IntN(5) == 0 {
+		args = append(args, "--max-repack-size", "2M")
+	}
+	return args
+}
+
+func TestOurPruneAndResticsTakeTurns(t *testing.T) {
+	m := newMixed(lightEnv(t), random(t))
+	for i := range count(20, 5) {
+		m.back()
+		m.back()
+		m.forgets()
+		args := randomPrune(m.r)
+		program := []string{"ours", "0.18", "ours", "0.14"}[i%4]
+		t.Logf("%s %q", program, args)
+		if program == "ours" {
+			m.must(args...)
+		} else {
+			m.restic(program, args...)
+		}
+		m.clean()
+		if i%4 == 0 {
+			m.restic("0.14", "check", "--read-data")
+		}
+		m.gives(false)
+	}
+	m.must("prune", "--max-unused", "0")
+	m.clean()
+	m.gives(true)
+}
+
+// pruned is what a repository takes after a prune, by what restic says.
+func (m *mixed) pruned(program string, args ...string) (packs int64) {
+	m.t.Helper()
+	copied := *m
+	e := *m.env
+	copied.env = &e
+	e.repo = filepath.Join(m.t.TempDir(), "repo")
+	run(m.t, "cp", "-a", m.repo, e.repo)
+	e.vars = append(slices.Clone(m.vars), "RESTIC_REPOSITORY="+e.repo)
+	if program == "ours" {
+		e.must(args...)
+	} else {
+		e.restic(program, args...)
+	}
+	copied.clean()
+	for _, p := range e.files("data") {
+		fi, err := os.Stat(p)
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		packs += fi.Size()
+	}
+	return packs
+}
+
+// TestPruneFreesAboutWhatResticFrees prunes copies of one repository.
+func TestPruneFreesAboutWhatResticFrees(t *testing.T) {
+	m := newMixed(lightEnv(t), random(t))
+	for range 6 {
+		m.back()
+	}
+	m.forgets()
+	for _, args := range [][]string{
+		{"--max-unused", "0"},
+		{"--max-unused", "5%"},
+		{"--max-unused", "30%"},
+		{"--max-unused", "unlimited"},
+		{"--max-unused", "0", "--max-repack-size", "5M"},
+		{"--repack-cacheable-only"},
+		{"--repack-small", "--max-unused", "unlimited"},
+	} {
+		args = append([]string{"prune"}, args...)
+		ours, restics := m.pruned("ours", args...), m.pruned("0.18", args...)
+		t.Logf("%q: ours leaves %d bytes in packs, restic %d", args[1:], ours, restics)
+		if ours > restics*105/100+64<<10 || restics > ours*105/100+64<<10 {
+			t.Errorf("%q: %d bytes, restic leaves %d", args[1:], ours, restics)
+		}
+	}
+}
+
+// TestKilledForgetPruneAndRepairLoseNothing kills commands at random points,
+// checks, and runs them again.
+func TestKilledForgetPruneAndRepairLoseNothing(t *testing.T) {
+	r := random(t)
+	m := newMixed(lightEnv(t), r)
+	for range 4 {
+		m.back()
+	}
+	whole := m.env
+	all := slices.Collect(maps.Keys(m.devices))
+	kept := all[:2]
+	commands := [][]string{
+		append([]string{"forget", "--prune", "--max-unused", "0"}, all[2:]...),
+		{"prune", "--max-unused", "0"},
+		{"repair", "index", "--read-all-packs"},
+	}
+	takes := make([]time.Duration, len(commands))
+	killed := 0
+	for i := range count(100, 25) + len(commands) {
+		which := i % len(commands)
+		e := *whole
+		e.repo = filepath.Join(t.TempDir(), "repo")
+		run(t, "cp", "-a", whole.repo, e.repo)
+		e.vars = append(slices.Clone(whole.vars), "RESTIC_REPOSITORY="+e.repo)
+		if which == 1 { // so that there is something to prune
+			e.must(append([]string{"forget"}, all[2:]...)...)
+		}
+		began := time.Now()
+		b := e.start(append([]string{"-q"}, commands[which]...)...)
+		if i >= len(commands) {
+			time.Sleep(time.Duration(r.Float64() * float64(takes[which])))
+			_ = b.cmd.Process.Kill() // it may have ended
+		}
+		if res := b.result(); res.code == 0 {
+			takes[which] = max(takes[which], time.Since(began))
+		} else if res.code != -1 {
+			t.Fatalf("%q: %+v", commands[which], res)
+		} else {
+			killed++
+		}
+		// The lock of a dead process on this host is seen to be that.
+		e.must("unlock")
+		if locks := e.files("locks"); len(locks) > 0 {
+			t.Fatalf("locks are left: %v", locks)
+		}
+		e.must("-q", "check")
+		if i%5 == 0 {
+			e.restic([]string{"0.14", "0.18"}[i/5%2], "check")
+		}
+		e.must(append([]string{"-q"}, commands[which]...)...)
+		e.must("-q", "check", "--read-data")
+		if i%3 == 0 {
+			e.restic("0.18", "check", "--read-data")
+		}
+		id := kept[i%len(kept)]
+		e.restoresTo(id, m.devices[id])
+		if err := os.RemoveAll(e.repo); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%d kills", killed)
+	if killed < count(100, 25)/2 {
+		t.Error("too few kills came in time")
+	}
+}
+
+func TestPruneAndCheckOnMinIO(t *testing.T) {
+	s := miniotest.Start(t)
+	s.MakeBucket("backups")
+	e := newEnv(t, s.Location("backups", "repo"), s.Environ()...)
+	s.Setenv(t)
+	e.initLight()
+	m := newMixed(e, random(t))
+	for range 3 {
+		m.back()
+	}
+	m.forgets()
+	e.must("forget", "--keep-last", "1", "--prune", "--max-unused", "0")
+	for _, all := range []map[string]string{m.devices, m.folders} {
+		for id := range all {
+			if !slices.Contains(e.snapshotIDs(), id) {
+				delete(all, id)
+			}
+		}
+	}
+	m.clean()
+	m.gives(true)
+	e.must("repair", "index", "--read-all-packs")
+	m.clean()
+}
+
+// TestLocksOfOthersAreRespected: what removes something waits for everybody,
+// and a lock from another host is not removed before its time.
+func TestLocksOfOthersAreRespected(t *testing.T) {
+	e := lightEnv(t)
+	img := image(t, newContent(random(t), false), 1<<20)
+	e.backup(img)
+	r := e.opened()
+	lock, err := r.Lock(t.Context(), false, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"prune"}, {"forget", "--keep-last", "1"}, {"check"}, {"repair", "index"}} {
+		e.fails(11, "locked", args...)
+	}
+	for _, args := range [][]string{{"prune", "--dry-run"}, {"forget", "--keep-last", "1", "--dry-run"}, {"check"}, {"snapshots"}, {"ls", "latest"}} {
+		e.must(append([]string{"--no-lock"}, args...)...)
+	}
+	for _, args := range [][]string{{"prune"}, {"repair", "index"}, {"backup", img}} {
+		e.fails(1, "--no-lock", append([]string{"--no-lock"}, args...)...)
+	}
+	e.must("unlock")
+	if n := len(e.files("locks")); n != 1 {
+		t.Errorf("unlock leaves %d locks of a live process", n)
+	}
+	if err := lock.Unlock(); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(e.files("locks")); n != 0 {
+		t.Errorf("%d locks are left", n)
+	}
+}
+
+// TestAStoreThatCannotBeWrittenToIsRead: with --no-lock everything that reads
+// works on a repository that is read-only.
+func TestAStoreThatCannotBeWrittenToIsRead(t *testing.T) {
+	e := lightEnv(t)
+	img := image(t, newContent(random(t), false), 2<<20)
+	e.backup(img)
+	ro := filepath.Join(t.TempDir(), "ro")
+	if err := os.Mkdir(ro, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mount", "--bind", e.repo, ro)
+	t.Cleanup(func() { run(t, "umount", ro) })
+	run(t, "mount", "-o", "remount,ro,bind", ro)
+	e.vars = append(e.vars, "RESTIC_REPOSITORY="+ro)
+	e.fails(1, "read-only", "snapshots")
+	to := filepath.Join(t.TempDir(), "to")
+	for _, args := range [][]string{{"snapshots"}, {"ls", "latest"}, {"restore", "latest", to}, {"verify", "latest", img}, {"check", "--read-data"}} {
+		e.must(append([]string{"--no-lock"}, args...)...)
+	}
+	same(t, img, to)
+	if out := e.must("--no-lock", "dump", "latest"); len(out) != 2<<20 {
+		t.Errorf("dump gives %d bytes", len(out))
+	}
+}
+
+// TestPruneSaysWhatItDoes: the numbers of the summary are those of the store.
+func TestPruneSaysWhatItDoes(t *testing.T) {
+	m := newMixed(lightEnv(t), random(t))
+	for range 4 {
+		m.back()
+	}
+	m.forgets()
+	var before, after int64
+	for _, p := range m.env.files("data") {
+		fi, _ := os.Stat(p)
+		before += fi.Size()
+	}
+	out := strings.Split(strings.TrimSpace(m.must("prune", "--json", "--max-unused", "0")), "\n")
+	var s struct {
+		MessageType string `json:"message_type"`
+		Before      int64  `json:"bytes_before"`
+		After       int64  `json:"bytes_after"`
+		Unused      int64  `json:"bytes_unused_after"`
+	}
+	if err := json.Unmarshal([]byte(out[len(out)-1]), &s); err != nil || s.MessageType != "summary" {
+		t.Fatalf("%v: %q", err, out)
+	}
+	for _, p := range m.env.files("data") {
+		fi, _ := os.Stat(p)
+		after += fi.Size()
+	}
+	if got, want := fmt.Sprint(s.Before, s.After, s.Unused), fmt.Sprint(before, after, 0); got != want {
+		t.Errorf("it says %s, it is %s", got, want)
+	}
+	// The cache does not keep what is gone.
+	cached := func() (n int) {
+		for _, v := range m.vars {
+			if dir, ok := strings.CutPrefix(v, "DSYNC_CACHE_DIR="); ok {
+				blobs, _ := filepath.Glob(filepath.Join(dir, "*", "blobs", "*", "*"))
+				n = len(blobs)
+			}
+		}
+		return n
+	}
+	n := cached()
+	for id := range m.devices {
+		m.must("forget", id)
+	}
+	m.must("prune", "--max-unused", "0")
+	if now := cached(); now >= n {
+		t.Errorf("the cache holds %d blobs, %d before everything was pruned", now, n)
+	}
+}
