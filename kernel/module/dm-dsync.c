@@ -781,14 +781,16 @@ static ssize_t dsync_blocks_write(struct file *file, const char __user *data, si
 				  loff_t *pos)
 {
 	struct dsync_history *h = ((struct seq_file *)file->private_data)->private;
-	char word[8] = "";
+	static const char clear[] = { 'c', 'l', 'e', 'a', 'r', '\n' };
+	char word[sizeof(clear)];
 	int r = 0;
 
-	if (size >= sizeof(word))
+	/* with the newline, or without */
+	if (size != sizeof(clear) && size != sizeof(clear) - 1)
 		return -EINVAL;
 	if (copy_from_user(word, data, size))
 		return -EFAULT;
-	if (strcmp(word, "clear") && strcmp(word, "clear\n"))
+	if (memcmp(word, clear, size))
 		return -EINVAL;
 
 	mutex_lock(&h->lock);

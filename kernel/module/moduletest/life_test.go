@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package moduletest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dsync-backup/dsync-backup/kernel/devmapper"
+	"github.com/dsync-backup/dsync-backup/kernel/devmapper/dmtest"
+)
+
+// meminfo is a line of /proc/meminfo, in KiB.
+func meminfo(t *testing.T, key string) int64 {
+	t.Helper()
+	b, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for l := range strings.Lines(string(b)) {
+		if f := strings.Fields(l); f[0] == key+":" {
+			n, err := strconv.ParseInt(f[1], 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatalf("no %s", key)
+	return 0
+}
+
+// areas counts the module's own allocations with vmalloc.
+func areas(t *testing.T) int {
+	t.Helper()
+	b, err := os.ReadFile("/proc/vmallocinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Count(string(b), "[dm_dsync]")
+}
+
+func unload(t *testing.T) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err := unix.DeleteModule("dm_dsync", unix.O_NONBLOCK)
+		if err == nil {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("unload: %v", err)
+		}
+	}
+}
+
+// The module goes and comes, with devices, grown bitmaps, pending epochs and readers
+// in between; nothing of it stays.
+func TestLoadAndUnloadLeakNothing(t *testing.T) {
+	need(t)
+	file := os.Getenv("DSYNC_TEST_MODULE")
+	if file == "" {
+		t.Skip("DSYNC_TEST_MODULE names no file")
+	}
+	rounds := 10
+	if os.Getenv("SOAK") != "" {
+		rounds = 100
+	}
+	loop := dmtest.Loop(t, 600*mib, dmtest.LoopOptions{})
+	round := func() {
+		d := newDevice(t, "life", loop, 100*mib/sector)
+		f := d.open(os.O_RDWR | unix.O_DIRECT)
+		var wg sync.WaitGroup
+		var stop atomic.Bool
+		for w := range 3 {
+			wg.Go(func() {
+				for i := int64(w); !stop.Load(); i++ {
+					_, _ = f.WriteAt(aligned(block), i*13%25600*block)
+					if w == 0 {
+						_, _ = os.ReadFile(d.file("blocks"))
+					}
+				}
+			})
+		}
+		for i := range 3 {
+			d.load(line(loop, 0, 500*mib/sector)) // thrown away
+			d.reload(line(loop, 0, uint64(200+100*i)*mib/sector))
+			d.turn()
+		}
+		d.tell("rotate %s", nonce)
+		stop.Store(true)
+		wg.Wait()
+		_ = f.Close()
+		if areas(t) == 0 {
+			t.Error("no memory of the module is seen: the count is worth nothing")
+		}
+		open, err := os.Open(d.file("active"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer open.Close()
+		if err := devmapper.Remove(t.Context(), d.name, devmapper.RemoveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if n := areas(t); n != 0 {
+			t.Errorf("%d areas are left", n)
+		}
+		// An open file does not hold the module.
+		unload(t)
+		if _, err := open.Read(make([]byte, 8)); err == nil {
+			t.Error("a file of a module that is gone reads")
+		}
+		if _, err := os.Stat(proc); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", proc, err)
+		}
+		load(t, file)
+	}
+	round()
+	round()
+	slab := meminfo(t, "SUnreclaim")
+	for range rounds {
+		round()
+	}
+	t.Logf("SUnreclaim: %d KiB before %d rounds, %d after", slab, rounds, meminfo(t, "SUnreclaim"))
+}
+
+func load(t *testing.T, file string) {
+	t.Helper()
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil {
+		t.Fatalf("load %s: %v", file, err)
+	}
+}
+
+// Objects of the size that the module's structs have do not pile up.
+func TestHistoriesDoNotPileUp(t *testing.T) {
+	need(t)
+	loop := dmtest.Loop(t, 4*mib, dmtest.LoopOptions{})
+	once := func() {
+		if _, err := devmapper.Create("pile", ""); err != nil {
+			t.Fatal(err)
+		}
+		d := device{t, "pile"}
+		d.load(line(loop, 0, 8))
+		_, _ = os.ReadFile(d.file("status"))
+		if err := devmapper.Remove(t.Context(), "pile", devmapper.RemoveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 200 {
+		once()
+	}
+	before := meminfo(t, "SUnreclaim")
+	for range 2000 {
+		once()
+	}
+	// 2000 leaked histories or instances alone would be 1 MiB; half of one each shows.
+	after := meminfo(t, "SUnreclaim")
+	t.Logf("SUnreclaim: %d KiB, then %d", before, after)
+	if after-before > 900 {
+		t.Errorf("2000 devices left %d KiB", after-before)
+	}
+}
+
+func TestRemovalWhileFilesAreRead(t *testing.T) {
+	need(t)
+	const size = 1 << 30
+	loop := dmtest.Loop(t, size, dmtest.LoopOptions{})
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	var reads, gone atomic.Int64
+	for _, name := range []string{"status", "active", "blocks", "frozen"} {
+		wg.Go(func() {
+			for !stop.Load() {
+				if _, err := os.ReadFile(proc + "/removed/" + name); err != nil {
+					gone.Add(1)
+				} else {
+					reads.Add(1)
+				}
+			}
+		})
+	}
+	defer wg.Wait()
+	defer stop.Store(true)
+	for range 30 {
+		if _, err := devmapper.Create("removed", ""); err != nil {
+			t.Fatal(err)
+		}
+		d := device{t, "removed"}
+		d.load(line(loop, 0, size/sector))
+		d.resume()
+		d.tell("mark 0 %d", size/sector)
+		d.tell("rotate %s", nonce)
+		d.tell("mark 0 %d", size/sector)
+		for seen := reads.Load(); reads.Load() < seen+3; {
+			time.Sleep(time.Millisecond)
+		}
+		if err := devmapper.Remove(t.Context(), d.name, devmapper.RemoveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%d reads, %d of what was gone", reads.Load(), gone.Load())
+}
+
+// 4 TiB of zeros: 128 MiB a bitmap.
+func TestFourTebibytes(t *testing.T) {
+	need(t)
+	const sectors, blocks = 4 << 31, 4 << 28
+	zero := dmtest.Map(t, "zero", devmapper.Target{Length: sectors, Type: "zero"})
+	before := meminfo(t, "VmallocUsed")
+	start := time.Now()
+	d := newDevice(t, "huge", zero, sectors)
+	created := time.Since(start)
+	if used := meminfo(t, "VmallocUsed") - before; used < 256<<10 {
+		t.Logf("VmallocUsed grew by %d KiB", used)
+	}
+	d.put(0, blocks/2, blocks-1)
+	timed := func(fn func()) time.Duration {
+		start := time.Now()
+		fn()
+		return time.Since(start)
+	}
+	rotate := timed(func() { d.tell("rotate %s", nonce) })
+	same(t, "frozen", d.byHoles("frozen"), blocksOf(blocks, 0, blocks/2, blocks-1))
+	ack := timed(func() { d.tell("ack 1") })
+	d.want("dirty 0", fmt.Sprintf("blocks %d", blocks))
+	all := timed(func() { d.tell("mark 0 %d", sectors) })
+	var dirty int64
+	status := timed(func() { dirty = d.number("dirty") })
+	if dirty != blocks {
+		t.Errorf("%d blocks are dirty", dirty)
+	}
+	d.tell("rotate %s", nonce)
+	whole := timed(func() { _, _ = os.ReadFile(d.file("frozen")) })
+	ackAll := timed(func() { d.tell("ack 2") })
+	d.want("dirty 0", "pending_dirty 0", "state valid")
+	t.Logf("create %v, rotate %v, ack %v; with all blocks dirty: mark %v, status %v, read %v, ack %v",
+		created, rotate, ack, all, status, whole, ackAll)
+}
