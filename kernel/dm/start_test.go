@@ -5,6 +5,7 @@ package dm
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -222,7 +223,7 @@ func TestADeviceInUseIsRefused(t *testing.T) {
 	t.Run("open for writing", func(t *testing.T) {
 		device := newLoop(t, testSize)
 		openDevice(t, device, os.O_WRONLY)
-		refused(t, device, "open for writing", "dm.test")
+		refused(t, device, "open for writing", fmt.Sprintf("process %d ", os.Getpid()))
 	})
 	t.Run("under a loop device", func(t *testing.T) {
 		device := newLoop(t, testSize)
