@@ -176,7 +176,7 @@ func runSync(ctx context.Context, g *globals, f *syncFlags, path, target string)
 	if err != nil {
 		return err
 	}
-	defer p.close()
+	defer func() { _ = p.close() }() // its last word was heard, or what failed is known
 	// Nothing waits for the other end any more when this one is interrupted.
 	defer context.AfterFunc(ctx, func() { _ = p.in.Close() })()
 	if err := p.greet(); err != nil {

@@ -83,7 +83,6 @@ type sums struct {
 	rec  stream.Record
 	runs []stream.Run // what is left of the record
 	data []byte
-	done bool
 }
 
 func newSums(r io.Reader, size int64) (*sums, error) {
@@ -102,7 +101,7 @@ func newSums(r io.Reader, size int64) (*sums, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &sums{r: sr, u: u, key: blocksum.Key(h.ID), data: nil}, nil
+	return &sums{r: sr, u: u, key: blocksum.Key(h.ID)}, nil
 }
 
 func (s *sums) id() stream.ID { return s.r.Header().ID }

@@ -4,7 +4,6 @@ package stream
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash"
@@ -46,6 +45,10 @@ func aligned(n, skip int) []byte {
 	return b[at : at+n : at+n]
 }
 
+// roomy is how much memory is taken where n bytes are needed: records of a
+// stream are of about the same length.
+func roomy(n, most int) int { return min(n+n/2, most) }
+
 // Reader reads a stream, from one goroutine.
 type Reader struct {
 	r     io.Reader
@@ -64,7 +67,7 @@ func NewReader(r io.Reader) (*Reader, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Reader{r: r, h: h, to: h.To, chain: sha256.New(), bytes: int64(len(raw))}
+	s := &Reader{r: r, h: h, to: h.To, chain: newChain(), bytes: int64(len(raw))}
 	s.chain.Write(raw)
 	return s, nil
 }
@@ -83,10 +86,8 @@ func (s *Reader) Next(rec *Record) (Event, error) {
 	if s.ended {
 		return 0, errors.New("read stream: it has ended")
 	}
-	if rec.mem == nil {
-		rec.mem = aligned(recordSize+maxBody, recordSize)
-	}
-	raw := rec.mem[:recordSize]
+	var fixed [recordSize]byte
+	raw := fixed[:]
 	if n, err := io.ReadFull(s.r, raw); err != nil {
 		return 0, cut(err, s.bytes+int64(n))
 	}
@@ -94,7 +95,11 @@ func (s *Reader) Next(rec *Record) (Event, error) {
 	if !ok || h.seq != s.seq || h.stored > h.unpacked || h.unpacked > maxBody || h.data > h.unpacked {
 		return 0, fmt.Errorf("%w at byte %d", ErrDamaged, s.bytes)
 	}
+	if need := recordSize + int(h.stored); len(rec.mem) < need {
+		rec.mem = aligned(roomy(need, recordSize+maxBody), recordSize)
+	}
 	raw = rec.mem[:recordSize+int(h.stored)]
+	copy(raw, fixed[:])
 	if n, err := io.ReadFull(s.r, raw[recordSize:]); err != nil {
 		return 0, cut(err, s.bytes+recordSize+int64(n))
 	}
@@ -210,8 +215,8 @@ func (u *Unpacker) Unpack(rec *Record) (b Blocks, err error) {
 	switch h.encoding {
 	case encodingPlain:
 	case encodingZstd:
-		if rec.out == nil {
-			rec.out = aligned(maxBody, 0)
+		if len(rec.out) < int(h.unpacked) {
+			rec.out = aligned(roomy(int(h.unpacked), maxBody), 0)
 		}
 		if body, err = u.dec.DecodeAll(body, rec.out[:0:h.unpacked]); err != nil {
 			return b, fmt.Errorf("%w: %w", ErrDamaged, err)

@@ -3,8 +3,10 @@
 package stream
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"hash"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/minio/highwayhash"
@@ -200,3 +202,6 @@ func parseRuns(b []byte, runs []Run, offset, length, size int64) (out []Run, dat
 	}
 	return runs, data, nil
 }
+
+// newChain is the hash of the whole: of the header and every record's head.
+func newChain() hash.Hash { return sha256.New() }

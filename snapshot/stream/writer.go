@@ -3,7 +3,6 @@
 package stream
 
 import (
-	"crypto/sha256"
 	"fmt"
 	"hash"
 	"io"
@@ -28,7 +27,7 @@ func NewWriter(w io.Writer, h Header) (*Writer, error) {
 	if err := h.Validate(); err != nil {
 		return nil, fmt.Errorf("write stream: %w", err)
 	}
-	s := &Writer{w: w, h: h, to: h.To, chain: sha256.New()}
+	s := &Writer{w: w, h: h, to: h.To, chain: newChain()}
 	raw := h.encode()
 	s.chain.Write(raw)
 	return s, s.write(raw)
