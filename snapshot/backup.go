@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"iter"
 	"time"
@@ -106,6 +107,9 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 	}
 	if err := r.RequireWritable(); err != nil {
 		return nil, err
+	}
+	if _, ok := o.Instant.(Snapshotter); ok && o.Precopy != nil {
+		return nil, errors.New("a device of which a snapshot is made is not copied before")
 	}
 	var err error
 	if b.cands, err = candidates(ctx, b.store, o.Name, b.Warn); err != nil {

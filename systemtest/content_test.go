@@ -92,6 +92,14 @@ func direct(t testing.TB, path string) *os.File {
 // writeBlocks writes new content to the blocks, and returns it in their order.
 func writeBlocks(t testing.TB, f *os.File, c *content, blocks []int64) []byte {
 	t.Helper()
+	all, err := writeSome(f, c, blocks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+func writeSome(f *os.File, c *content, blocks []int64) ([]byte, error) {
 	all := make([]byte, len(blocks)*kernel.BlockSize)
 	c.fill(all)
 	var g errgroup.Group
@@ -108,10 +116,7 @@ func writeBlocks(t testing.TB, f *os.File, c *content, blocks []int64) []byte {
 			return nil
 		})
 	}
-	if err := errors.Join(g.Wait(), f.Sync()); err != nil {
-		t.Fatal(err)
-	}
-	return all
+	return all, errors.Join(g.Wait(), f.Sync())
 }
 
 // fillRange writes new content to length bytes from offset on.

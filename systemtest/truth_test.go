@@ -73,9 +73,21 @@ func frozen(t testing.TB, image io.ReaderAt) bool {
 // be compared with: that one is forgotten, and another made.
 func (d *disk) backupFrozen(e *env, truth string, args ...string) snapshot.Summary {
 	d.t.Helper()
+	return d.backupCaught(e, snapshot.PointInTimeFreeze, truth, args)
+}
+
+// backupPrecopied is the same with --snapshot precopy.
+func (d *disk) backupPrecopied(e *env, truth string, args ...string) snapshot.Summary {
+	d.t.Helper()
+	return d.backupCaught(e, snapshot.PointInTimePrecopy, truth, args)
+}
+
+func (d *disk) backupCaught(e *env, way snapshot.PointInTime, truth string, args []string) snapshot.Summary {
+	d.t.Helper()
+	args = append([]string{"--snapshot", string(way)}, args...)
 	for range 20 {
 		s, seen := d.catchFreeze(e, truth, args)
-		if s.PointInTime != string(snapshot.PointInTimeFreeze) || s.FreezeSeconds <= 0 {
+		if s.PointInTime != string(way) || s.FreezeSeconds <= 0 {
 			d.t.Fatalf("snapshot %s says it is a point in time by %q, frozen for %v s", s.SnapshotID.Str(), s.PointInTime, s.FreezeSeconds)
 		}
 		if seen {
@@ -98,7 +110,7 @@ func (d *disk) catchFreeze(e *env, truth string, args []string) (s snapshot.Summ
 	if frozen(d.t, image) {
 		d.t.Fatalf("%s is not in use by a mounted ext4 file system, or frozen already", d.path)
 	}
-	cmd := e.command(append([]string{"backup", "--json", "--snapshot", "freeze", "--max-freeze", "5m", d.path}, args...)...)
+	cmd := e.command(append([]string{"backup", "--json", "--max-freeze", "5m", d.path}, args...)...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Start(); err != nil {

@@ -252,6 +252,50 @@ func TestUntouchedPartsAreShared(t *testing.T) {
 	}
 }
 
+func TestMergedPartsAreBounded(t *testing.T) {
+	rnd := seed(t)
+	s := newStore(t)
+	const size = 16 << 20
+	img := &image{data: make([]byte, size)}
+	for i := range img.data {
+		img.data[i] = byte(rnd.Uint32())
+	}
+	key := &blocksum.Key{}
+	for name, limit := range map[string]MergeOptions{
+		"Blobs":   {Size: size, maxBlobs: 3, maxExtents: 1 << 20},
+		"Extents": {Size: size, maxBlobs: 1 << 20, maxExtents: 40},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tree := &repo.Tree{}
+			write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges([]kernel.Extent{{Length: size}}), Key: key})
+			var scattered []kernel.Extent
+			for off := int64(0); off < size; off += 64 << 10 {
+				scattered = append(scattered, kernel.Extent{Offset: off, Length: 4096})
+				img.data[off] ^= 1
+			}
+			write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(scattered), Key: key})
+			res := mergeNodes(t, s, tree, 0, 2, limit)
+			if res.Parts < 4 || res.Shared > 0 {
+				t.Errorf("%+v", res)
+			}
+			layers := open(t, s, tree)
+			for _, ref := range layers[0].parts {
+				p, err := openPart(t.Context(), s, ref)
+				if err != nil {
+					t.Fatal(err)
+				}
+				// The first block of a part may need two blobs.
+				if b, x := len(p.Data.Blobs), len(p.Index.Extents); b > limit.maxBlobs+1 || x > limit.maxExtents {
+					t.Errorf("the part at %d has %d blobs and %d extents", ref.start, b, x)
+				}
+			}
+			if !bytes.Equal(merged(t, s, layers, size, key), img.data) {
+				t.Error("the merged layer gives something else")
+			}
+		})
+	}
+}
+
 func TestSmallPartsAreJoined(t *testing.T) {
 	s := newStore(t)
 	const size = 1 << 30
