@@ -289,10 +289,22 @@ func TestCleaningKeepsWhatTheIndexKnows(t *testing.T) {
 		t.Errorf("%d removed, %v", n, err)
 	}
 	stockRestics(t)[1].run(t, dir, "forget", "--prune", "--max-unused", "0", first.String())
+	blobs := func() (n int) {
+		for f := range cachedFiles(t, cacheDir) {
+			if strings.Contains(f, "/blobs/") {
+				n++
+			}
+		}
+		return n
+	}
+	before := blobs()
 	if err := r.LoadIndex(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := r.CleanCache(t.Context()); err != nil || n != 4 { // two trees, two of metadata
+	if n := before - blobs(); n != 4 { // two trees, two of metadata
+		t.Errorf("after a prune by somebody else %d blobs leave the cache, want 4", n)
+	}
+	if n, err := r.CleanCache(t.Context()); err != nil || n != 0 {
 		t.Errorf("%d removed, %v", n, err)
 	}
 	if n := loads(t, countLoads(t, r), func() {

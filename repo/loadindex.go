@@ -41,8 +41,17 @@ const (
 // LoadIndex makes lookups answer from the index files that the store lists
 // now. Those that the cache has a table of are not read again. Call it after
 // taking the lock and after listing the snapshots, since a snapshot is written
-// after its index; it may be called again.
-func (r *Repository) LoadIndex(ctx context.Context) error { return r.loadIndex(ctx, nil) }
+// after its index; it may be called again. Where somebody has pruned since, it
+// drops from the cache what is gone.
+func (r *Repository) LoadIndex(ctx context.Context) error {
+	if err := r.loadIndex(ctx, nil); err != nil || !r.indexShrank.Swap(false) {
+		return err
+	}
+	// Index files that the cache knew have gone: somebody pruned. What was freed
+	// is of no use in the cache.
+	_, err := r.CleanCache(ctx)
+	return err
+}
 
 // LoadGoodIndex is LoadIndex for whoever looks for damage: it goes on without
 // the index files that cannot be read, and names them.
@@ -119,7 +128,9 @@ func (r *Repository) openCachedTables(wanted map[ID]bool, isListed func(ID) bool
 			}
 			continue
 		}
-		t.Retain(isListed)
+		if all := len(t.Sources()); t.Retain(isListed) < all {
+			r.indexShrank.Store(true)
+		}
 		if !slices.ContainsFunc(t.Sources(), func(id ID) bool { return wanted[id] }) {
 			_ = t.close()
 			r.cache.remove(name)

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 
 	"github.com/restic/chunker"
 
@@ -31,6 +32,8 @@ type Repository struct {
 
 	tables tableSet
 	loadMu sync.Mutex // one change of the set of tables at a time
+
+	indexShrank atomic.Bool // index files that the cache knew are gone
 }
 
 type config struct {

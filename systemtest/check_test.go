@@ -304,7 +304,10 @@ func TestCheckReadsTheSubsetThatIsAskedFor(t *testing.T) {
 		t.Errorf("100%%: %+v", c)
 	}
 	m.must("check")
-	m.must("check", "--read-data-subset", "1B", "--no-lock", "--with-cache", "-q")
+	// One pack, and which one is up to chance.
+	if res := m.try("check", "--read-data-subset", "1B", "--no-lock", "--with-cache", "-q"); res.code > 1 || res.stderr != "" {
+		t.Errorf("%+v", res)
+	}
 	for _, bad := range []string{"0/3", "4/3", "1/257", "0%", "101%", "x", "0"} {
 		m.fails(1, "subset", "check", "--read-data-subset", bad)
 	}

@@ -209,6 +209,20 @@ func (g *globals) openReading(ctx context.Context) (*repo.Repository, context.Co
 	return r, ctx, r.LoadIndex(ctx)
 }
 
+// openSalvaging is openReading for a command that makes do with what there is:
+// it goes on without the index files that are damaged.
+func (g *globals) openSalvaging(ctx context.Context) (*repo.Repository, context.Context, error) {
+	r, ctx, err := g.openWithLock(ctx, false)
+	if err != nil {
+		return nil, ctx, err
+	}
+	bad, err := r.LoadGoodIndex(ctx)
+	for _, why := range bad {
+		g.warn(fmt.Errorf("going on without an index file: %w", why))
+	}
+	return r, ctx, err
+}
+
 // openExclusive opens the repository for a command that removes something,
 // unless it only tries what it would do. It does not load the index.
 func (g *globals) openExclusive(ctx context.Context, dryRun bool) (*repo.Repository, context.Context, error) {

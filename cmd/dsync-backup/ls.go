@@ -17,6 +17,8 @@ import (
 type selectFlags struct {
 	filter func() repo.SnapshotFilter
 	device string
+	// salvage makes do with what there is of a damaged repository.
+	salvage bool
 }
 
 func (s *selectFlags) register(cmd *cobra.Command) {
@@ -44,7 +46,11 @@ func (s *selectFlags) find(ctx context.Context, r *repo.Repository, name string)
 
 // open opens the repository to read it, and finds the device that the user means.
 func (s *selectFlags) open(ctx context.Context, g *globals, name string) (context.Context, snapshot.Store, snapshot.Device, error) {
-	r, ctx, err := g.openReading(ctx)
+	how := g.openReading
+	if s.salvage {
+		how = g.openSalvaging
+	}
+	r, ctx, err := how(ctx)
 	if err != nil {
 		return ctx, snapshot.Store{}, snapshot.Device{}, err
 	}

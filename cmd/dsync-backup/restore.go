@@ -34,7 +34,7 @@ small is refused; one with data on it needs --force.
 			if o.Changes, err = restore.ParseChanges(changes); err != nil {
 				return err
 			}
-			o.Target = args[1]
+			o.Target, sel.salvage = args[1], o.Salvage
 			return runRestore(cmd.Context(), g, &sel, args[0], o)
 		},
 	}
@@ -100,6 +100,7 @@ func newDump(g *globals) *cobra.Command {
 		Short: "Write a snapshot of a device to standard output",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			sel.salvage = salvage
 			ctx, from, d, err := sel.open(cmd.Context(), g, args[0])
 			if err != nil {
 				return err
