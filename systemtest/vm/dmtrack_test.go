@@ -26,7 +26,7 @@ func dsyncModule(t *testing.T, k Kernel) string {
 func TestDMTracker(t *testing.T) {
 	Each(t, func(t *testing.T, k Kernel) {
 		m := Start(t, k, Config{
-			Memory: 1024, Modules: []string{"loop", "dm-mod", "dm-zero", dsyncModule(t, k)}, Tools: []string{"losetup"},
+			Memory: 1024, Modules: []string{"loop", "ext4", "dm-mod", "dm-zero", dsyncModule(t, k)}, Tools: []string{"losetup", "mkfs.ext4", "fsfreeze"},
 		})
 		t.Run("devmapper", func(t *testing.T) { m.In(t).GoTest("./kernel/devmapper", Tests{}) })
 		t.Run("dm", func(t *testing.T) { m.In(t).GoTest("./kernel/dm", Tests{}) })
