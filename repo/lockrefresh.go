@@ -64,7 +64,9 @@ func (l *Lock) Unlock() error {
 		<-l.done
 		ctx, cancel := context.WithTimeout(context.Background(), unlockTimeout)
 		defer cancel()
-		l.err = l.repo.removeLock(ctx, l.id)
+		if err := l.repo.removeLock(ctx, l.id); err != nil {
+			l.err = fmt.Errorf("%w: the lock stays, and what was done is done; `unlock` with credentials that may delete removes it", err)
+		}
 	})
 	return l.err
 }

@@ -398,3 +398,59 @@ func TestPruneSaysWhatItDoes(t *testing.T) {
 		t.Errorf("the cache holds %d blobs, %d before everything was pruned", now, n)
 	}
 }
+
+// TestBackupToAStoreThatDoesNotDelete: credentials that may add and read, and
+// delete nothing, not even locks. A backup works and says what it leaves; what
+// would delete fails and harms nothing.
+func TestBackupToAStoreThatDoesNotDelete(t *testing.T) {
+	s := miniotest.Start(t)
+	s.MakeBucket("backups")
+	owner := newEnv(t, s.Location("backups", "repo"), s.Environ()...)
+	s.Setenv(t)
+	owner.initLight()
+	policy := `{"Version":"2012-10-17","Statement":[
+		{"Effect":"Allow","Principal":{"AWS":["*"]},"Action":["s3:ListBucket","s3:GetBucketLocation"],"Resource":["arn:aws:s3:::backups"]},
+		{"Effect":"Allow","Principal":{"AWS":["*"]},"Action":["s3:GetObject","s3:PutObject"],"Resource":["arn:aws:s3:::backups/*"]}]}`
+	if err := s.Client().SetBucketPolicy(t.Context(), "backups", policy); err != nil {
+		t.Fatal(err)
+	}
+	anonymous := []string{"-q", "-o", "s3.unsafe-anonymous-auth=true"}
+	c := newContent(random(t), true)
+	img := image(t, c, 4<<20)
+	for i := range 3 {
+		fillRange(t, direct(t, img), c, int64(i)<<20, 1<<20)
+		r := owner.try(append(anonymous, "--json", "backup", img)...)
+		if r.code != 0 || strings.Count(r.stderr, "\n") != 1 || !strings.Contains(r.stderr, "unlock` with credentials that may delete") {
+			t.Fatalf("backup %d: exit code %d, %s%s", i, r.code, r.stdout, r.stderr)
+		}
+		summary(t, r.stdout)
+		if n := objects(t, s, "backups", "repo/locks/"); n != i+1 {
+			t.Fatalf("%d locks after %d backups", n, i+1)
+		}
+	}
+	to := filepath.Join(t.TempDir(), "to")
+	r := owner.try(append(anonymous, "restore", "latest", to)...)
+	if r.code != 0 {
+		t.Fatalf("%+v", r)
+	}
+	same(t, img, to)
+	before := objects(t, s, "backups", "repo/")
+	if r := owner.try(append(anonymous, "forget", "--keep-last", "1", "--prune")...); r.code != 11 {
+		t.Fatalf("forget beside the locks that are left: %+v", r)
+	}
+	owner.must("unlock")
+	if n := objects(t, s, "backups", "repo/locks/"); n != 0 {
+		t.Fatalf("unlock leaves %d locks of processes of this host that are gone", n)
+	}
+	if r := owner.try(append(anonymous, "forget", "--keep-last", "1", "--prune")...); r.code != 1 || !strings.Contains(r.stderr, "2 of 2 snapshots could not be removed") {
+		t.Fatalf("forget without the right to delete: %+v", r)
+	}
+	owner.must("unlock")
+	if n := objects(t, s, "backups", "repo/"); n > before {
+		t.Errorf("%d objects, %d before", n, before)
+	}
+	owner.must("forget", "--keep-last", "1", "--prune")
+	owner.must("-q", "check", "--read-data")
+	owner.restic("0.18", "check", "--read-data")
+	owner.restoresTo(owner.snapshotIDs()[0], img)
+}
