@@ -88,7 +88,7 @@ func TestAMountedDeviceNeedsAChoice(t *testing.T) {
 	if s := e.backup(d.path); s.PointInTime != string(snapshot.PointInTimePrecopy) || s.FreezeSeconds <= 0 {
 		t.Errorf("a tracked device that is mounted is a point in time by %q", s.PointInTime)
 	}
-	e.fails(1, `"dm" is not one of`, "backup", d.path, "--snapshot", "dm")
+	e.fails(1, `"dw" is not one of`, "backup", d.path, "--snapshot", "dw")
 	if s := e.backup(d.path, "--snapshot", "none"); s.PointInTime != string(snapshot.PointInTimeNone) {
 		t.Errorf("--snapshot none of a mounted device is a point in time by %q", s.PointInTime)
 	}

@@ -24,6 +24,7 @@ type backupFlags struct {
 	changes   string
 	snapshot  string
 	maxFreeze time.Duration
+	cow       string
 	reads     int
 	at        string
 }
@@ -47,7 +48,10 @@ changed since the last snapshot in this repository:
 A device that is mounted read-write has no single state to be saved, unless its
 file systems are frozen:
 
-  --snapshot auto     precopy if the device is tracked, else refuse
+  --snapshot auto     dm if the kernel module tracks the device, precopy if eBPF
+                      does, else refuse
+  --snapshot dm       freeze and suspend it for a moment, in which a copy-on-write
+                      snapshot is made (--cow), and read that while it goes on
   --snapshot precopy  copy it in use, then what was written meanwhile, until
                       little is left; read that with the file systems frozen
   --snapshot freeze   freeze the file systems while all that changed is read
@@ -60,8 +64,9 @@ file systems are frozen:
 	fl.StringArrayVar(&f.tags, "tag", nil, "add a `tag` to the snapshot")
 	fl.StringVarP(&f.host, "host", "H", "", "`host` that the snapshot is of (default: this one)")
 	fl.StringVar(&f.changes, "changes", "auto", "where the changes come from: auto, tracker, compare, full or a `file`")
-	fl.StringVar(&f.snapshot, "snapshot", "auto", "`way` to a point in time: auto, none, freeze or precopy")
-	fl.DurationVar(&f.maxFreeze, "max-freeze", 0, "thaw and fail after this `duration` (default: 1m with freeze, 10s with precopy)")
+	fl.StringVar(&f.snapshot, "snapshot", "auto", "`way` to a point in time: auto, none, freeze, precopy or dm")
+	fl.DurationVar(&f.maxFreeze, "max-freeze", 0, "thaw and fail after this `duration` (default: 1m with freeze, else 10s)")
+	fl.StringVar(&f.cow, "cow", "", "`space` for what is overwritten while a snapshot is read: memory:SIZE, a block device, or FILE[:SIZE] for a new file (default: a tenth of the device, in a file in the state directory)")
 	fl.IntVar(&f.reads, "read-concurrency", 16, "reads in flight")
 	fl.StringVar(&f.at, "time", "", "`time` of the snapshot, as 2006-01-02 15:04:05 (default: now)")
 	return cmd

@@ -46,12 +46,17 @@ type frozen struct {
 	took    time.Duration
 }
 
-func newFrozen(ctx context.Context, g *globals, maxFreeze time.Duration, p *progress, path string, mounts []device.Mount) (*frozen, error) {
-	if err := checkRepository(g, mounts); err != nil {
-		return nil, err
+// newFrozen has the watchdog also resume the device-mapper devices named.
+func newFrozen(ctx context.Context, g *globals, maxFreeze time.Duration, p *progress, path string, mounts []device.Mount, suspends ...string) (*frozen, error) {
+	// A snapshot is read after the thaw: only what is written under the freeze
+	// would wait.
+	if len(suspends) == 0 {
+		if err := checkRepository(g, mounts); err != nil {
+			return nil, err
+		}
 	}
 	freezer, err := freeze.Start(ctx, mounts, freeze.Options{
-		MaxFreeze: maxFreeze, Outputs: []*freeze.HoldOutput{g.stdout, g.stderr},
+		MaxFreeze: maxFreeze, Outputs: []*freeze.HoldOutput{g.stdout, g.stderr}, Resume: suspends,
 	})
 	if err != nil {
 		return nil, err

@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
+	"github.com/dsync-backup/dsync-backup/kernel/devmapper"
+	"github.com/dsync-backup/dsync-backup/kernel/dm"
 	"github.com/dsync-backup/dsync-backup/kernel/trackers"
 	"github.com/dsync-backup/dsync-backup/snapshot"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
@@ -58,11 +60,17 @@ func openSource(ctx context.Context, g *globals, f *backupFlags, p *progress, pa
 	switch {
 	case f.snapshot == "none":
 		s.instant = snapshot.Still(snapshot.PointInTimeNone)
+	case use.Empty() && (opens(path) > 1 || f.snapshot == "dm"):
+		// Somebody has it open who claims nothing, besides us: a database, or a
+		// virtual machine.
+		err = s.inUse(ctx, g, f, p, use)
 	case use.Empty():
 		// Claimed, so that it stays that way.
 		d.Close()
 		s.device, err = device.Open(path, device.Options{Exclusive: true})
 		s.instant = snapshot.Still(snapshot.PointInTimeUnmounted)
+	case s.suspendable(f):
+		err = s.inUse(ctx, g, f, p, use)
 	case len(use.Mounts) == 0 || use.CheckFreezable() != nil:
 		err = fmt.Errorf("%s is in use by what cannot be frozen (%v): stop that, or say --snapshot none for a copy that is no point in time", path, use)
 	case !use.ReadWrite() && len(use.Swaps) == 0:
@@ -78,7 +86,13 @@ func openSource(ctx context.Context, g *globals, f *backupFlags, p *progress, pa
 }
 
 // snapshotWays are the arguments of --snapshot.
-var snapshotWays = []string{"auto", "none", "freeze", "precopy"}
+var snapshotWays = []string{"auto", "none", "freeze", "precopy", "dm"}
+
+// suspendable says whether a snapshot is made by device-mapper, which can have
+// anybody wait, whether a file system or not.
+func (s *source) suspendable(f *backupFlags) bool {
+	return f.snapshot == "dm" || f.snapshot == "auto" && ownWay(s.device) == "dm"
+}
 
 // inUse picks the way to a point in time of a device that is written to.
 func (s *source) inUse(ctx context.Context, g *globals, f *backupFlags, p *progress, use device.Use) error {
@@ -101,6 +115,12 @@ func (s *source) inUse(ctx context.Context, g *globals, f *backupFlags, p *progr
 		}
 		s.instant, s.close = pre, pre.close
 		s.precopy = &snapshot.Precopy{MaxFreeze: pre.maxFreeze}
+	case "dm":
+		snap, err := newDMSnapshot(ctx, g, f, p, path, use)
+		if err != nil {
+			return err
+		}
+		s.instant, s.close = snap, snap.close
 	default:
 		return fmt.Errorf("%s is mounted read-write (%v): for a point in time have it tracked (`dsync-backup track start %s`) or say --snapshot freeze; else --snapshot none", path, use, path)
 	}
@@ -114,7 +134,13 @@ func ownWay(d *device.Device) string {
 	if err != nil {
 		return ""
 	}
-	t.Close()
+	defer t.Close()
+	// The module dm-snapshot may be missing where dm-dsync is there.
+	if _, err := devmapper.TargetVersion("snapshot"); err == nil {
+		if _, ok := t.(*dm.Tracker); ok {
+			return "dm"
+		}
+	}
 	return "precopy"
 }
 

@@ -38,6 +38,9 @@ type Options struct {
 	// MaxSync bounds the writing out of dirty data before the freeze, while
 	// writers still go on. 0 is DefaultMaxSync.
 	MaxSync time.Duration
+	// Resume names device-mapper devices that this process may suspend while it
+	// freezes: whatever ends the freeze resumes them first.
+	Resume []string
 	// Outputs hold from Freeze until Thaw or Close. What this process writes
 	// anywhere while it freezes goes through one of them.
 	Outputs []*HoldOutput
@@ -144,7 +147,7 @@ func (f *Freezer) spawn() error {
 		f.socket.Close()
 		return err
 	}
-	c := config{MaxFreeze: f.options.MaxFreeze, MaxSync: f.options.MaxSync}
+	c := config{MaxFreeze: f.options.MaxFreeze, MaxSync: f.options.MaxSync, Resume: f.options.Resume}
 	for _, m := range f.mounts {
 		c.Mounts = append(c.Mounts, fsConfig{Name: m.Path, ReadOnly: m.ReadOnly})
 	}

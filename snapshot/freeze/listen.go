@@ -29,6 +29,7 @@ func (f *Freezer) listen() {
 		f.backstop.Stop()
 	}
 	f.mu.Unlock()
+	resume(f.options.Resume)
 	err := f.rescue(true)
 	f.finish(f.sinceBegan(), errors.Join(fmt.Errorf("freeze: %w", ErrWatchdog), err))
 	_ = f.cmd.Wait() // its exit code says no more than its reports

@@ -33,6 +33,7 @@ type config struct {
 	Mounts    []fsConfig    `json:"mounts"` // in the order of freezing; descriptors from firstMount on
 	MaxFreeze time.Duration `json:"max_freeze"`
 	MaxSync   time.Duration `json:"max_sync"`
+	Resume    []string      `json:"resume,omitempty"` // device-mapper devices
 }
 
 type fsConfig struct {

@@ -134,6 +134,7 @@ func (w *watchdog) hold() int {
 			why.Ended = endedTerminated
 		}
 	}
+	resume(w.config.Resume)
 	w.thawAll(&why)
 	w.report(why)
 	if done != nil {
