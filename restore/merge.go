@@ -192,6 +192,9 @@ func (m *Merge) overwrite() error {
 
 // follows reports why a stream cannot be applied to the target as it is.
 func (m *Merge) follows(h stream.Header) error {
+	if h.Kind == stream.Sums {
+		return fmt.Errorf("%w: it holds sums and no data", ErrNotFollowing)
+	}
 	if err := m.overwrite(); err != nil {
 		return err
 	}
@@ -207,9 +210,6 @@ func (m *Merge) follows(h stream.Header) error {
 			return nil
 		}
 		return fmt.Errorf("%w: it was made against other sums than the last that this target gave: make them anew with merge --sums", ErrNotFollowing)
-	case stream.Since:
-	default:
-		return fmt.Errorf("%w: it holds %v and no data", ErrNotFollowing, h.Kind)
 	}
 	switch {
 	case again:

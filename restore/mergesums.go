@@ -4,6 +4,7 @@ package restore
 
 import (
 	"context"
+	"errors"
 	"io"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
@@ -55,10 +56,13 @@ func (m *Merge) writeSums(ctx context.Context, out io.Writer, h stream.Header, d
 	if err == nil {
 		err = s.flush()
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		return w.Close()
 	}
-	return w.Close()
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
+	}
+	return errors.Join(err, w.Abort(err))
 }
 
 // Same implements layer.Expected.

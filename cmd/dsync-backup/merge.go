@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -166,12 +167,15 @@ func runServe(ctx context.Context, g *globals, f *mergeFlags) error {
 	in := bufio.NewReaderSize(os.Stdin, streamBuffer)
 	var req stream.Request
 	if err := stream.Receive(in, &req); err != nil {
+		if errors.Is(err, io.ErrUnexpectedEOF) {
+			err = errSaid // the source says why it gave up
+		}
 		return err
 	}
 	// While the source works on the first sums, the others are made: what it
 	// sends is applied meanwhile, which changes only what was summed.
-	sctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	sctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	sums := make(chan error, 1)
 	if req.Sums < 0 {
 		sums <- nil
@@ -184,14 +188,10 @@ func runServe(ctx context.Context, g *globals, f *mergeFlags) error {
 	}
 	res, err := m.Apply(ctx, in)
 	if err != nil {
-		cancel()
+		cancel(err)
 	}
 	if sumErr := <-sums; sumErr != nil {
-		// In the midst of the sums there is no place for a reply.
-		if err == nil || !errors.Is(sumErr, context.Canceled) {
-			err = errors.Join(err, sumErr)
-		}
-		return err
+		return errSaid // within the sums
 	}
 	if err != nil {
 		return errors.Join(stream.Send(os.Stdout, stream.Reply{Error: err.Error()}), errSaid)

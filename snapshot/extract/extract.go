@@ -132,6 +132,9 @@ func Send(ctx context.Context, out io.Writer, o Options) (*Result, error) {
 	o.hold, o.rounds = cmp.Or(o.hold, holdBytes), cmp.Or(o.rounds, maxRounds)
 	s := &send{Options: o, out: out}
 	if err := s.copy(ctx); err != nil {
+		if s.w != nil {
+			_ = s.w.Abort(err) // whoever still reads it knows why
+		}
 		return nil, err
 	}
 	if err := s.w.Close(); err != nil {

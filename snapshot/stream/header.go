@@ -25,6 +25,8 @@ var (
 	ErrDamaged = errors.New("the stream is damaged")
 	// ErrVersion says that the stream is of another format version.
 	ErrVersion = errors.New("the stream has another format version")
+	// ErrAborted says that what wrote the stream gave up; the text says why.
+	ErrAborted = errors.New("the other end gave up")
 	// ErrNoStream says that it does not begin like a stream.
 	ErrNoStream = errors.New("this is no stream of dsync-backup")
 )

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"unicode/utf8"
 	"unsafe"
 
 	"github.com/klauspost/compress/zstd"
@@ -107,6 +108,9 @@ func (s *Reader) Next(rec *Record) (Event, error) {
 	at := s.bytes
 	s.bytes += int64(len(raw))
 	ev, err := s.take(rec)
+	if errors.Is(err, ErrAborted) {
+		return 0, err
+	}
 	if err != nil {
 		return 0, fmt.Errorf("%w, in the record at byte %d", err, at)
 	}
@@ -126,12 +130,19 @@ func (s *Reader) take(rec *Record) (Event, error) {
 		}
 		s.pos += h.length
 		return GotBlocks, nil
-	case typeRound, typeEnd:
+	case typeRound, typeEnd, typeAbort:
 	default:
 		return 0, fmt.Errorf("%w: no such type of record", ErrDamaged)
 	}
 	if sumRecord(&s.h.ID, rec.raw) != h.sum {
 		return 0, fmt.Errorf("%w: the checksum does not match", ErrDamaged)
+	}
+	if h.typ == typeAbort {
+		text := rec.raw[recordSize:]
+		if h.encoding != encodingPlain || len(text) > maxReason || !utf8.Valid(text) {
+			return 0, fmt.Errorf("%w: a reason that cannot be", ErrDamaged)
+		}
+		return 0, fmt.Errorf("%w: %s", ErrAborted, text)
 	}
 	if s.pos != s.h.Size {
 		return 0, fmt.Errorf("%w: it accounts for %d bytes of a device of %d", ErrDamaged, s.pos, s.h.Size)

@@ -33,6 +33,7 @@ const (
 	typeBlocks Type = 1
 	typeRound  Type = 2
 	typeEnd    Type = 3
+	typeAbort  Type = 4 // what writes the stream gave up: the body says why
 )
 
 const (

@@ -330,6 +330,21 @@ func TestHeaderValidate(t *testing.T) {
 	}
 }
 
+func TestAbortSaysWhy(t *testing.T) {
+	c := sample()
+	var out bytes.Buffer
+	w, err := NewWriter(&out, c.h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Abort(errors.New("the device\nis gone")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := decode(out.Bytes()); !errors.Is(err, ErrAborted) || err.Error() != "the other end gave up: the device is gone" {
+		t.Fatal(err)
+	}
+}
+
 func TestWriterRefusesGaps(t *testing.T) {
 	c := sample()
 	w, err := NewWriter(io.Discard, c.h)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"strings"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 )
@@ -100,4 +101,19 @@ func (s *Writer) Close() error {
 	raw := appendPosition(make([]byte, recordSize), s.to)
 	raw = s.chain.Sum(raw)
 	return s.put(seal(&s.h.ID, raw, head{typ: typeEnd, seq: s.seq, offset: s.h.Size, unpacked: positionSize + sumSize}))
+}
+
+// maxReason bounds what Abort says.
+const maxReason = 2048
+
+// Abort ends the stream with the reason why it is not whole.
+func (s *Writer) Abort(reason error) error {
+	text := strings.Map(func(r rune) rune {
+		if r < ' ' {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(reason.Error(), "?"))
+	raw := append(make([]byte, recordSize), text[:min(len(text), maxReason)]...)
+	return s.put(seal(&s.h.ID, raw, head{typ: typeAbort, seq: s.seq, unpacked: uint32(len(raw) - recordSize)}))
 }
