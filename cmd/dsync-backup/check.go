@@ -94,7 +94,13 @@ func runCheck(ctx context.Context, g *globals, f checkFlags) error {
 	}
 	p := g.progress("check")
 	defer p.end()
-	o.Progress = p.update
+	o.Progress = func(phase string, done, total int64) {
+		if phase == check.PhaseData {
+			p.update(phase, done, total)
+		} else {
+			p.count(phase, done, total)
+		}
+	}
 	sum := checkSummary{MessageType: "summary", BrokenPacks: []repo.ID{}, DamagedSnapshots: []repo.ID{}}
 	o.Report = func(problem check.Problem) {
 		p.end()
@@ -123,7 +129,7 @@ func checkDevices(ctx context.Context, g *globals, r *repo.Repository, p *progre
 	}
 	sum.Devices, err = devicecheck.Devices(ctx, snapshot.Store{Repository: r}, devicecheck.Options{
 		Snapshots: res.Snapshots, Touched: touched, Blob: res.Damage.Blob,
-		Progress: func(done, total int64) { p.update("checking devices", done, total) },
+		Progress: func(done, total int64) { p.count("checking devices", done, total) },
 		Report: func(f devicecheck.Finding) {
 			p.end()
 			sum.NumErrors++

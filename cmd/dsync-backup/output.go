@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -70,7 +71,17 @@ func (p *progress) hold(on bool) {
 	p.held = on
 }
 
+// update tells how many bytes are done.
 func (p *progress) update(phase string, done, total int64) {
+	p.show(phase, done, total, "bytes_done", "total_bytes", size)
+}
+
+// count tells how many things are done; the total may be 0 if it is not known.
+func (p *progress) count(phase string, done, total int64) {
+	p.show(phase, done, total, "done", "total", func(n int64) string { return strconv.FormatInt(n, 10) })
+}
+
+func (p *progress) show(phase string, done, total int64, doneKey, totalKey string, number func(int64) string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
@@ -90,7 +101,7 @@ func (p *progress) update(phase string, done, total int64) {
 			percent = float64(done) / float64(total)
 		}
 		p.g.printJSON(p.g.stdout, map[string]any{
-			"message_type": "status", "phase": phase, "percent_done": percent, "bytes_done": done, "total_bytes": total,
+			"message_type": "status", "phase": phase, "percent_done": percent, doneKey: done, totalKey: total,
 			"seconds_elapsed": int(elapsed.Seconds()), "seconds_remaining": int(eta.Seconds()),
 		})
 		return
@@ -99,7 +110,10 @@ func (p *progress) update(phase string, done, total int64) {
 	if total > 0 {
 		percent = float64(done) / float64(total) * 100
 	}
-	line := fmt.Sprintf("%s: %s  %5.1f %%  %s of %s  %s/s  ETA %s", p.verb, phase, percent, size(done), size(total), size(int64(rate)), eta)
+	line := fmt.Sprintf("%s: %s  %5.1f %%  %s of %s  %s/s  ETA %s", p.verb, phase, percent, number(done), number(total), number(int64(rate)), eta)
+	if total <= 0 {
+		line = fmt.Sprintf("%s: %s  %s", p.verb, phase, number(done))
+	}
 	if !p.tty {
 		fmt.Fprintln(p.g.stderr, line)
 		return

@@ -101,7 +101,13 @@ func runPruneOn(ctx context.Context, g *globals, r *repo.Repository, o prune.Opt
 	p := g.progress("prune")
 	defer p.end()
 	o.Warn = g.warn
-	o.Progress = p.update
+	o.Progress = func(phase string, done, total int64) {
+		if phase == prune.PhaseRepack {
+			p.update(phase, done, total)
+		} else {
+			p.count(phase, done, total)
+		}
+	}
 	s, err := prune.Prune(ctx, r, o)
 	if err != nil {
 		return causeOf(ctx, err)

@@ -33,7 +33,7 @@ knows with another size, are read.`,
 			}
 			p := g.progress("repair index")
 			defer p.end()
-			o.Progress = p.update
+			o.Progress = p.count
 			o.Say = func(line string) {
 				if !g.json && !g.quiet {
 					fmt.Fprintln(g.stdout, line)

@@ -89,15 +89,12 @@ func look(ctx context.Context, from snapshot.Store, tree repo.ID, start int64) p
 		p.err = damaged("the blobs of file data have %d bytes, the index asks for %d", n, x.DataLength)
 	}
 	want := x.DataBlocks() * blocksum.Size
-	switch n, known := int64(0), true; {
-	case f.sums == nil && want == 0:
-	case f.sums == nil:
+	if f.sums == nil && want > 0 {
 		p.sums = damaged("it has no sums")
-	case int64(f.sums.Size) != want:
-		p.sums = damaged("file sums has %d bytes instead of %d", f.sums.Size, want)
-	default:
-		if n, known = length(from, f.sums); known && n != want {
-			p.sums = damaged("the blobs of file sums have %d bytes instead of %d", n, want)
+	}
+	if f.sums != nil {
+		if n, known := length(from, f.sums); int64(f.sums.Size) != want || known && n != want {
+			p.sums = damaged("file sums has %d bytes, and %d in its blobs, instead of %d", f.sums.Size, n, want)
 		}
 	}
 	return p
