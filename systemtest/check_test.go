@@ -148,8 +148,8 @@ func TestDamageAnywhereIsNamedAndTheRestIsThere(t *testing.T) {
 		for id, saved := range m.folders {
 			to := t.TempDir()
 			res := finish(t, m.prepare(restics["0.18"], "restore", "--no-cache", id, "--target", to))
-			if _, named := c.damaged[id]; named {
-				continue
+			if _, named := c.damaged[id]; named || kind == "index" {
+				continue // restic reads nothing without the whole index
 			}
 			if res.code != 0 {
 				t.Fatalf("%s: restic cannot restore snapshot %s, which is not named: %s", what, id[:8], res.stderr)
