@@ -227,8 +227,8 @@ func (m *Machine) arguments(log, socket string) []string {
 		"-smp", fmt.Sprint(c.CPUs), "-m", fmt.Sprint(c.Memory),
 		"-kernel", m.kernel.Image(), "-initrd", m.file("initramfs"),
 		"-append", strings.TrimSpace("console=ttyS0 ignore_loglevel panic=-1 oops=panic mitigations=off random.trust_cpu=on" +
-			// A host of two processors makes a guest wait, which is no fault of its kernel.
-			" watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 " + c.Cmdline),
+			// A busy host makes a guest wait, which is no fault of its kernel or of its timer.
+			" no_timer_check watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 sysctl.kernel.hung_task_timeout_secs=240 " + c.Cmdline),
 		"-chardev", "file,id=log,path=" + log, "-serial", "chardev:log",
 		"-device", "virtio-serial-pci",
 		"-chardev", "socket,id=agent,path=" + socket,
