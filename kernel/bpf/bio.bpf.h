@@ -47,7 +47,7 @@ static long drop_if_ended(void *map, const __u64 *key, struct span *span, __u64 
 	const struct bio *bio = (const struct bio *)*key;
 	unsigned short flags = 0;
 
-	if (*now - span->since < SETTLED_NS)
+	if (span->since + SETTLED_NS > *now)
 		return 0;
 	if (bpf_probe_read_kernel(&flags, sizeof(flags), &bio->bi_flags) ||
 	    !(flags & traced_flag))

@@ -166,19 +166,29 @@ func TestMappedBitmapEqualsAlignedDirectWrites(t *testing.T) {
 // submission alone: the mark at completion comes from what they remember.
 func TestMappedMarksEveryKindOfWrite(t *testing.T) {
 	eachMapped(t, 1<<30/512, func(t *testing.T, m mapped) {
-		for _, keep := range []string{"", "bio_queue_0", "bio_queue_1", "bio_queue_2"} {
-			t.Run("only "+keep, func(t *testing.T) {
-				tr := trackWith(t, m.device, Options{skip: func(p string) bool { return keep != "" && p != keep }})
-				want := kernel.NewBitmap(1 << 18)
-				for _, op := range everyKindOfWrite {
-					op.do(t, m.device)
-					want.SetRange(op.first, op.first+op.n-1)
-					wantEqual(t, mustPeek(t, tr), want)
-				}
-				wantReliable(t, tr)
-			})
-		}
+		testEveryKindOfWrite(t, m.device, "")
 	})
+	for _, keep := range []string{"bio_queue_0", "bio_queue_1", "bio_queue_2"} {
+		t.Run(keep, func(t *testing.T) {
+			testEveryKindOfWrite(t, newLinear(t, 1<<30/512).device, keep)
+		})
+	}
+}
+
+// testEveryKindOfWrite runs with one program only, if one is named.
+func testEveryKindOfWrite(t *testing.T, device, keep string) {
+	tr := trackWith(t, device, Options{skip: func(p string) bool { return keep != "" && p != keep }})
+	want := kernel.NewBitmap(1 << 18)
+	for _, op := range everyKindOfWrite {
+		if !supports(t, device, op.needs) {
+			t.Logf("%s: not supported", op.name)
+			continue
+		}
+		op.do(t, device)
+		want.SetRange(op.first, op.first+op.n-1)
+		wantEqual(t, mustPeek(t, tr), want)
+	}
+	wantReliable(t, tr)
 }
 
 func trackWith(t testing.TB, device string, o Options) *Tracker {

@@ -5,6 +5,7 @@ package bpf
 import (
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -56,13 +57,27 @@ func eachHeld(t *testing.T, test func(t *testing.T, h held)) {
 	})
 }
 
-// write begins to write a block, of which nothing is seen in sysfs.
-func (h held) write(t *testing.T, tr *Tracker, f *os.File, block int64) (wait func()) {
+// What is written to a held device: it lies over the bounds of segments.
+const heldFirst, heldBlocks = 8185, 16
+
+func heldRange() *kernel.Bitmap {
+	b := kernel.NewBitmap(16384)
+	b.SetRange(heldFirst, heldFirst+heldBlocks-1)
+	return b
+}
+
+// write begins to write the blocks, of which nothing is seen in sysfs.
+func (h held) write(t *testing.T, tr *Tracker, f *os.File) (wait func()) {
 	t.Helper()
 	before := entries(t, tr)
-	wait = startWrite(t, f, block)
+	var done sync.WaitGroup
+	done.Go(func() {
+		if _, err := f.WriteAt(alignedBuffer(heldBlocks*kernel.BlockSize), heldFirst*kernel.BlockSize); err != nil {
+			t.Errorf("write: %v", err)
+		}
+	})
 	waitFor(t, "the write is in the table", func() bool { return entries(t, tr) > before })
-	return wait
+	return done.Wait
 }
 
 func oneBlock(block int64) *kernel.Bitmap {
@@ -76,13 +91,13 @@ func TestMappedWriteInFlightIsInEveryEpochUntilItCompletes(t *testing.T) {
 		tr := track(t, h.device)
 		f := openDirect(t, h.device)
 		h.hold(t)
-		wait := h.write(t, tr, f, 42)
-		wantEqual(t, rotate(t, tr), oneBlock(42)) // in which it was submitted
-		wantEqual(t, rotate(t, tr), oneBlock(42)) // through which it was in flight
-		wantEqual(t, rotate(t, tr), oneBlock(42))
+		wait := h.write(t, tr, f)
+		wantEqual(t, rotate(t, tr), heldRange()) // in which it was submitted
+		wantEqual(t, rotate(t, tr), heldRange()) // through which it was in flight
+		wantEqual(t, rotate(t, tr), heldRange())
 		h.release(t)
 		wait()
-		wantEqual(t, rotate(t, tr), oneBlock(42)) // in which it completed
+		wantEqual(t, rotate(t, tr), heldRange()) // in which it completed
 		wantEqual(t, rotate(t, tr), kernel.NewBitmap(16384))
 		wantReliable(t, tr)
 		if n := entries(t, tr); n != 0 {
@@ -100,7 +115,7 @@ func TestMappedCompletionIsMarkedByEachCopy(t *testing.T) {
 				tr := trackWith(t, h.device, Options{skip: func(p string) bool { return strings.HasPrefix(p, "bio_complete") && p != keep }})
 				f := openDirect(t, h.device)
 				h.hold(t)
-				wait := h.write(t, tr, f, 42)
+				wait := h.write(t, tr, f)
 				rotate(t, tr)
 				w, err := mapWords(tr.bits(1))
 				if err != nil {
@@ -110,7 +125,7 @@ func TestMappedCompletionIsMarkedByEachCopy(t *testing.T) {
 				w.close()
 				h.release(t)
 				wait()
-				wantEqual(t, rotate(t, tr), oneBlock(42))
+				wantEqual(t, rotate(t, tr), heldRange())
 				wantReliable(t, tr)
 			})
 		}
@@ -189,7 +204,7 @@ func TestMappedTableDropsWhatHasEnded(t *testing.T) {
 		tr := track(t, h.device)
 		f := openDirect(t, h.device)
 		h.hold(t)
-		wait := h.write(t, tr, f, 42)
+		wait := h.write(t, tr, f)
 		var bio uint64
 		var span objectSpan
 		if !tr.inflightMap().Iterate().Next(&bio, &span) {
@@ -206,7 +221,7 @@ func TestMappedTableDropsWhatHasEnded(t *testing.T) {
 			t.Fatalf("the write in flight was dropped: %v", err)
 		}
 		wantReliable(t, tr)
-		both := oneBlock(42)
+		both := heldRange()
 		both.Set(43)
 		wantEqual(t, rotate(t, tr), both)
 		wantEqual(t, rotate(t, tr), both)

@@ -88,7 +88,7 @@ func TestTableThatIsReplacedMakesUnreliable(t *testing.T) {
 			m.swap(t, line(0, stackSectors, d[0], 0), line(stackSectors, 8, d[0], stackSectors))
 		}, "changed its size"},
 		"Unknown": {func(t *testing.T, m mapped, d []string) {
-			m.swap(t, devmapper.Target{Length: stackSectors, Type: "mirror", Params: "core 2 1024 nosync 1 " + d[0] + " 0"})
+			m.swap(t, mirror(d))
 		}, "made with the device-mapper target \"mirror\""},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -127,12 +127,15 @@ func TestTableBeneathIsWatched(t *testing.T) {
 	}
 }
 
+func mirror(disks []string) devmapper.Target {
+	return devmapper.Target{Length: stackSectors, Type: "mirror", Params: "core 1 1024 2 " + disks[0] + " 0 " + disks[1] + " 0"}
+}
+
 func TestRefusesTargetsThatItDoesNotKnow(t *testing.T) {
 	dmtest.Need(t)
-	d := disksBelow(t, 1, stackSectors)[0]
-	mirror := newMapped(t, "mirror", devmapper.Target{Length: stackSectors, Type: "mirror", Params: "core 2 1024 nosync 1 " + d + " 0"})
-	wantRefused(t, mirror.device, `made with the device-mapper target "mirror"`)
-	top := newMapped(t, "top", line(0, 8, mirror.device, 0))
+	m := newMapped(t, "mirror", mirror(disksBelow(t, 2, stackSectors)))
+	wantRefused(t, m.device, `made with the device-mapper target "mirror"`)
+	top := newMapped(t, "top", line(0, 8, m.device, 0))
 	wantRefused(t, top.device, `made with the device-mapper target "mirror"`)
 }
 
@@ -168,7 +171,11 @@ func TestSnapshotsOfALogicalVolume(t *testing.T) {
 		tr := start(t)
 		snapshot(t)
 		wantReliable(t, tr)
-		write(t, openDirect(t, tr.Device()), 1)
+		f := openDirect(t, tr.Device())
+		write(t, f, 1)
+		if err := f.Close(); err != nil { // open, it would be merged later
+			t.Fatal(err)
+		}
 		lvm(t, "lvconvert", "-y", "--merge", testVG+"/snap")
 		wantUnreliable(t, tr, "the device-mapper table")
 	})

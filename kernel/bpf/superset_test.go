@@ -37,6 +37,8 @@ type superset struct {
 	count     int64
 	rotations int64 // 100 if 0
 
+	discards, zeroes bool // the device does
+
 	// disturb does something to the device while an epoch is rotated, and
 	// waits for the rotation's end.
 	disturb func(t *testing.T, round int64, tr *Tracker, rotate func())
@@ -68,6 +70,7 @@ func TestNoChangeIsMissed(t *testing.T) {
 }
 
 func (s *superset) run(t *testing.T) {
+	s.discards, s.zeroes = supports(t, s.device, discards), supports(t, s.device, zeroes)
 	count, rotations := s.count, int64(100)
 	if s.rotations > 0 {
 		rotations = s.rotations
@@ -172,10 +175,10 @@ func (s *superset) write(t *testing.T, r *rand.Rand, ring *uring) []change {
 			offsets = append(offsets, first*kernel.BlockSize)
 		}
 		ring.write(t, s.direct, buf, offsets)
-	case k < 90:
+	case k < 90 && s.discards:
 		first, n := blocks(256)
 		err = rangeIoctl(s.direct, blkDiscard, first, n)
-	case k < 94: // adjacent ones, which merge, and one apart
+	case k < 94 && s.discards: // adjacent ones, which merge, and one apart
 		first, n := blocks(8)
 		list := [][2]int64{{first, n}}
 		for range 1 + r.IntN(6) {
@@ -186,7 +189,7 @@ func (s *superset) write(t *testing.T, r *rand.Rand, ring *uring) []change {
 		}
 		apart, n := blocks(8)
 		ring.discard(t, s.direct, append(list, [2]int64{apart, n}))
-	case k < 97:
+	case k < 97 || !s.zeroes:
 		first, n := blocks(64)
 		err = rangeIoctl(s.direct, blkZeroOut, first, n)
 	default:

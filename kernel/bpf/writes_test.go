@@ -44,46 +44,67 @@ func discardBlocks(t testing.TB, device string, first, n int64) {
 type kindOfWrite struct {
 	name     string
 	first, n int64
+	needs    string // of the device's queue, a number other than zero
 	do       func(t testing.TB, device string)
 }
 
+// What not every device-mapper target passes on.
+const (
+	discards = "discard_max_bytes"
+	zeroes   = "write_zeroes_max_bytes"
+)
+
+// supports reports whether a device does an operation of its own, or any that
+// needs nothing.
+func supports(t testing.TB, device, need string) bool {
+	t.Helper()
+	if need == "" {
+		return true
+	}
+	n, err := readNumber(mustResolve(t, device).sysfs("queue", need))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n != 0
+}
+
 var everyKindOfWrite = []kindOfWrite{
-	{"direct", 10, 3, func(t testing.TB, device string) {
+	{"direct", 10, 3, "", func(t testing.TB, device string) {
 		writeRange(t, openDirect(t, device), 10, 3)
 	}},
-	{"one sector of a block", 20, 1, func(t testing.TB, device string) {
+	{"one sector of a block", 20, 1, "", func(t testing.TB, device string) {
 		if _, err := openDirect(t, device).WriteAt(alignedBuffer(512), 20*4096+1024); err != nil {
 			t.Fatal(err)
 		}
 	}},
-	{"large, over several words", 1000, 1024, func(t testing.TB, device string) {
+	{"large, over several words", 1000, 1024, "", func(t testing.TB, device string) {
 		writeRange(t, openDirect(t, device), 1000, 1024)
 	}},
-	{"buffered and synced", 3001, 130, func(t testing.TB, device string) {
+	{"buffered and synced", 3001, 130, "", func(t testing.TB, device string) {
 		f := openDevice(t, device, os.O_RDWR)
 		writeRange(t, f, 3001, 130)
 		if err := f.Sync(); err != nil {
 			t.Fatal(err)
 		}
 	}},
-	{"flush and force unit access", 4000, 1, func(t testing.TB, device string) {
+	{"flush and force unit access", 4000, 1, "", func(t testing.TB, device string) {
 		writeRange(t, openDevice(t, device, os.O_RDWR|unix.O_DIRECT|unix.O_DSYNC), 4000, 1)
 	}},
-	{"discard", 5000, 777, func(t testing.TB, device string) {
+	{"discard", 5000, 777, discards, func(t testing.TB, device string) {
 		discardBlocks(t, device, 5000, 777)
 	}},
-	{"zero out", 7000, 300, func(t testing.TB, device string) {
+	{"zero out", 7000, 300, "", func(t testing.TB, device string) {
 		if err := rangeIoctl(openDevice(t, device, os.O_RDWR), blkZeroOut, 7000, 300); err != nil {
 			t.Fatal(err)
 		}
 	}},
-	{"punch hole", 8000, 65, func(t testing.TB, device string) {
+	{"punch hole", 8000, 65, zeroes, func(t testing.TB, device string) {
 		fallocate(t, device, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 8000, 65)
 	}},
-	{"zero range", 9000, 64, func(t testing.TB, device string) {
+	{"zero range", 9000, 64, "", func(t testing.TB, device string) {
 		fallocate(t, device, unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, 9000, 64)
 	}},
-	{"mapped", 9500, 2, func(t testing.TB, device string) {
+	{"mapped", 9500, 2, "", func(t testing.TB, device string) {
 		f := openDevice(t, device, os.O_RDWR)
 		b, err := unix.Mmap(int(f.Fd()), 9500*4096, 2*4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 		if err != nil {
@@ -95,7 +116,7 @@ var everyKindOfWrite = []kindOfWrite{
 			t.Fatal(err)
 		}
 	}},
-	{"asynchronous, many in flight", 10000, 64, func(t testing.TB, device string) {
+	{"asynchronous, many in flight", 10000, 64, "", func(t testing.TB, device string) {
 		f := openDirect(t, device)
 		var offsets []int64
 		for i := range int64(64) {
@@ -103,7 +124,7 @@ var everyKindOfWrite = []kindOfWrite{
 		}
 		newURing(t).write(t, f, alignedBuffer(4096), offsets)
 	}},
-	{"everything behind a point", 20000, 1<<18 - 20000, func(t testing.TB, device string) {
+	{"everything behind a point", 20000, 1<<18 - 20000, discards, func(t testing.TB, device string) {
 		discardBlocks(t, device, 20000, 1<<18-20000)
 	}},
 }
