@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 )
 
 // mixed is a repository in which device snapshots and restic's file snapshots
@@ -55,7 +56,12 @@ func (m *mixed) back() {
 	}
 	saved := filepath.Join(m.t.TempDir(), "saved")
 	run(m.t, "cp", "-a", m.files, saved)
-	m.folders[m.resticBackup([]string{"0.14", "0.18"}[m.r.IntN(2)], m.files).SnapshotID] = saved
+	id := m.resticBackup([]string{"0.14", "0.18"}[m.r.IntN(2)], m.files).SnapshotID
+	for _, full := range m.snapshotIDs() {
+		if strings.HasPrefix(full, id) { // restic 0.14 tells the first digits
+			m.folders[full] = saved
+		}
+	}
 }
 
 // forgets removes some snapshots, with ours or with restic.
