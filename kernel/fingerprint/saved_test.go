@@ -187,6 +187,21 @@ func TestSavedStateIsRefused(t *testing.T) {
 	}
 }
 
+func TestConsumeWantsTheStateThatWasFound(t *testing.T) {
+	dir, m := t.TempDir(), newMemory(6)
+	s := save(t, dir, m, nil)
+	found, err := find(t, dir, m, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Save(dir, s); err != nil { // another process, meanwhile
+		t.Fatal(err)
+	}
+	if err := Consume(dir, found); err == nil || !strings.Contains(err.Error(), "meanwhile") {
+		t.Errorf("%v", err)
+	}
+}
+
 func TestMismatchRemovesTheState(t *testing.T) {
 	dir, m := t.TempDir(), newMemory(4)
 	save(t, dir, m, nil)
