@@ -32,7 +32,7 @@ type chain struct {
 	store  snapshot.Store
 	device snapshot.Device
 	layers []*layer.Layer
-	absent map[repo.ID]bool // packs that are needed and are not whole in the store
+	absent map[repo.ID]int64 // size of the packs that are needed and cut; -1 if one is missing
 }
 
 func openChain(ctx context.Context, store snapshot.Store, d snapshot.Device) (*chain, error) {
@@ -174,7 +174,7 @@ func (c *chain) locations(id repo.ID) []repo.Location {
 	}
 	good := all[:0]
 	for _, l := range all {
-		if !c.absent[l.Pack] {
+		if size, cut := c.absent[l.Pack]; !cut || int64(l.Offset)+int64(l.Length) <= size {
 			good = append(good, l)
 		}
 	}
@@ -187,15 +187,20 @@ var errMissing = errors.New("no layer has them")
 func dataBlob(id repo.ID) repo.BlobHandle { return repo.BlobHandle{Type: repo.DataBlob, ID: id} }
 
 // absentPacks finds those packs that the store does not have in the size that
-// the index asks for.
-func absentPacks(ctx context.Context, be backend.Backend, packs map[repo.ID]int64) (map[repo.ID]bool, error) {
-	absent := map[repo.ID]bool{}
+// the index asks for, and their size; -1 if it does not have them at all.
+func absentPacks(ctx context.Context, be backend.Backend, packs map[repo.ID]int64) (map[repo.ID]int64, error) {
+	absent := map[repo.ID]int64{}
 	if len(packs) > statPacks {
 		for id := range packs {
-			absent[id] = true
+			absent[id] = -1
 		}
 		err := be.List(ctx, backend.PackFile, func(fi backend.FileInfo) error {
-			if id, err := repo.ParseID(fi.Name); err == nil && absent[id] && fi.Size >= packs[id] {
+			id, err := repo.ParseID(fi.Name)
+			if want, ok := packs[id]; err != nil || !ok {
+				return nil //nolint:nilerr // none of ours
+			} else if fi.Size < want {
+				absent[id] = fi.Size
+			} else {
 				delete(absent, id)
 			}
 			return nil
@@ -214,10 +219,13 @@ func absentPacks(ctx context.Context, be backend.Backend, packs map[repo.ID]int6
 			if err != nil && !errors.Is(err, backend.ErrNotExist) {
 				return fmt.Errorf("look whether pack %s is there: %w", id.Str(), err)
 			}
-			if err != nil || fi.Size < size {
+			if err != nil {
+				fi.Size = -1
+			}
+			if fi.Size < size {
 				mu.Lock()
 				defer mu.Unlock()
-				absent[id] = true
+				absent[id] = fi.Size
 			}
 			return nil
 		})
