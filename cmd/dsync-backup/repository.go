@@ -3,10 +3,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
-	"sort"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -152,7 +153,7 @@ func listSnapshots(ctx context.Context, g *globals, r *repo.Repository, filter r
 		}
 		return nil
 	})
-	sort.Slice(list, func(i, j int) bool { return list[i].Time.Before(list[j].Time) })
+	slices.SortFunc(list, func(a, b listedSnapshot) int { return cmp.Or(a.Time.Compare(b.Time), a.ID.Compare(b.ID)) })
 	return list, err
 }
 
