@@ -25,6 +25,7 @@ type History interface {
 	Commit(ctx context.Context) error
 	Since(ctx context.Context, pos kernel.Position) (*kernel.Bitmap, error)
 	Peek(ctx context.Context) (*kernel.Bitmap, error)
+	Invalidate(ctx context.Context, reason string) error
 	// Size is that of the device which is tracked, in bytes.
 	Size() int64
 	Unlock() error
@@ -52,7 +53,12 @@ type Options struct {
 	Instant Instant
 	// Precopy asks for copies of the device while it is in use, so that it
 	// stands still for the last of them only. It needs a reliable History.
-	Precopy  *Precopy
+	Precopy *Precopy
+	// SpotCheck is how many blocks, at least, are read to see whether what the
+	// tracker says was not written is as it was; 0 means none.
+	SpotCheck int
+	SpotSeed  uint64 // picks them; 0: at random
+
 	Parallel int
 	Progress func(Progress)
 	Warn     func(error)
@@ -77,6 +83,7 @@ type backup struct {
 	r       *repo.Repository
 	store   Store
 	w       *repo.Writer
+	stage   *stage
 	cands   []candidate
 	parent  *candidate
 	dirty   *kernel.Bitmap
@@ -116,6 +123,7 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 		return nil, err
 	}
 	b.w = r.NewWriter(ctx, repo.WriterOptions{})
+	b.stage = newStage(b.w, b.store)
 	res, err := b.copy(ctx)
 	if err == nil {
 		var s *Summary
@@ -138,6 +146,9 @@ func (b *backup) plan(ctx context.Context, from *device.Device) (iter.Seq[layer.
 		}
 	}
 	if err := b.choose(ctx); err != nil {
+		return nil, nil, err
+	}
+	if err := b.trust(ctx, from); err != nil {
 		return nil, nil, err
 	}
 	if err := b.sumKey(); err != nil {

@@ -31,7 +31,7 @@ func (b *backup) copy(ctx context.Context) (layer.Result, error) {
 		}
 		o := b.layerOptions(source{b.Device, standing}, ranges)
 		o.Expected, o.AfterRead = expected, release
-		res, err = layer.Write(ctx, b.w, o)
+		res, err = layer.Write(ctx, b.saver(), o)
 		return err
 	})
 	return res, err
@@ -140,7 +140,7 @@ func (b *backup) copySnapshot(ctx context.Context, s Snapshotter) (res layer.Res
 	}
 	o := b.layerOptions(source{from, ctx}, ranges)
 	o.Expected, o.AfterRead = expected, func() error { return s.Check(ctx) }
-	res, err = layer.Write(ctx, b.w, o)
+	res, err = layer.Write(ctx, b.saver(), o)
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
 	}
@@ -246,6 +246,15 @@ func (b *backup) layerOptions(from layer.Source, ranges iter.Seq[layer.Range]) l
 			b.Progress(Progress{"reading", b.done, b.total})
 		},
 	}
+}
+
+// saver takes the layer of a backup that makes one copy. A layer that follows
+// others may be merged with them before it is stored.
+func (b *backup) saver() layer.Saver {
+	if b.parent == nil {
+		return b.w
+	}
+	return b.stage
 }
 
 // source reads a device only while what it holds is what is asked for.

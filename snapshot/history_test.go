@@ -41,6 +41,8 @@ func (c *claims) Since(context.Context, kernel.Position) (*kernel.Bitmap, error)
 func (c *claims) Peek(context.Context) (*kernel.Bitmap, error) {
 	return kernel.NewBitmap(kernel.BlocksOf(c.size)), nil
 }
+func (c *claims) Invalidate(context.Context, string) error { return nil }
+
 func (c *claims) Size() int64                  { return c.size }
 func (c *claims) Commit(context.Context) error { return nil }
 func (c *claims) Unlock() error                { return nil }
@@ -67,16 +69,35 @@ func TestTrackerOfAnotherSizeGivesNoPosition(t *testing.T) {
 	}
 }
 
-func TestPositionOfAnotherSizeIsNotBridged(t *testing.T) {
-	f := newImage(t, 4<<20)
-	h := &claims{size: 4 << 20, uuid: kernel.NewUUID()}
+// TestADeviceThatGrewIsFollowed: only a tracker that keeps its history over a
+// change of size gives a bitmap of the new one.
+func TestADeviceThatGrewIsFollowed(t *testing.T) {
+	for _, size := range []int64{4 << 20, 4<<20 + 512} {
+		f := newImage(t, int(size))
+		f.write(0, noise(rand.New(rand.NewPCG(8, 1)), int(size)))
+		h := &claims{size: size, uuid: kernel.NewUUID()}
+		with := func(o *Options) { o.History = h }
+		f.backup(with)
+		h.size = 4<<20 + 1<<19
+		f.resize(h.size)
+		f.write(4<<20, []byte("grown"))
+		f.write(size, []byte("and here"))
+		s := f.backup(with)
+		if s.Changes != ChangesTracker || s.FallbackReason != "" || s.DirtyBytes != 1<<19 || !bytes.Equal(f.restored(s.SnapshotID), f.content()) {
+			t.Errorf("grown from %d: %+v", size, s)
+		}
+	}
+}
+
+func TestADeviceThatShrankIsCompared(t *testing.T) {
+	f := newImage(t, 5<<20)
+	h := &claims{size: 5 << 20, uuid: kernel.NewUUID()}
 	with := func(o *Options) { o.History = h }
 	f.backup(with)
-	f.resize(4<<20 + 1<<19)
-	f.write(4<<20, []byte("grown"))
-	h.size = 4<<20 + 1<<19
+	h.size = 4 << 20
+	f.resize(h.size)
 	s := f.backup(with)
-	if s.Changes != ChangesCompare || !strings.Contains(s.FallbackReason, "4194304 bytes") || !bytes.Equal(f.restored(s.SnapshotID), f.content()) {
+	if s.Changes != ChangesCompare || !strings.Contains(s.FallbackReason, "only 4194304 now") || !bytes.Equal(f.restored(s.SnapshotID), f.content()) {
 		t.Errorf("%+v", s)
 	}
 }

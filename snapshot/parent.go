@@ -59,8 +59,8 @@ func bridge(ctx context.Context, cands []candidate, h History, now kernel.Positi
 	reason := ""
 	for i := range cands {
 		switch p := cands[i].Manifest.Position; {
-		case p != nil && p.Tracker == now.Tracker && cands[i].Manifest.Size != size:
-			reason = fmt.Sprintf("snapshot %s is of a device of %d bytes, which has %d now", cands[i].Snapshot.Str(), cands[i].Manifest.Size, size)
+		case p != nil && p.Tracker == now.Tracker && cands[i].Manifest.Size > size:
+			reason = fmt.Sprintf("snapshot %s is of a device of %d bytes, which has only %d now", cands[i].Snapshot.Str(), cands[i].Manifest.Size, size)
 		case p != nil && p.Tracker == now.Tracker:
 			ours = append(ours, &cands[i])
 		case reason != "":
@@ -73,6 +73,14 @@ func bridge(ctx context.Context, cands []candidate, h History, now kernel.Positi
 	sort.SliceStable(ours, func(i, j int) bool { return ours[i].Manifest.Position.Epoch > ours[j].Manifest.Position.Epoch })
 	for i, c := range ours {
 		dirty, err := h.Since(ctx, *c.Manifest.Position)
+		if before := c.Manifest.Size; err == nil && before != size {
+			// It grew, and its tracker kept its history over that.
+			if dirty.Blocks() != kernel.BlocksOf(size) {
+				err = fmt.Errorf("it is of a device of %d bytes, which has %d now", before, size)
+			} else {
+				dirty.SetRange(before/kernel.BlockSize, dirty.Blocks()-1)
+			}
+		}
 		if err == nil {
 			return c, dirty, ""
 		}

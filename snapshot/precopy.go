@@ -42,7 +42,6 @@ type Precopy struct {
 type precopy struct {
 	*backup
 	Precopy
-	stage *stage
 	meter *meter
 	trees []repo.ID // the rounds' layers, oldest first
 	res   layer.Result
@@ -60,7 +59,7 @@ func (b *backup) precopy(ctx context.Context) (layer.Result, error) {
 	if b.History == nil {
 		return layer.Result{}, fmt.Errorf("%s is not tracked, so that what is written while it is copied would be missed", b.Device.Path())
 	}
-	p := &precopy{backup: b, Precopy: *b.Precopy, stage: newStage(b.w, b.store), meter: &meter{}}
+	p := &precopy{backup: b, Precopy: *b.Precopy, meter: &meter{}}
 	if p.hold == 0 {
 		p.hold = holdBytes
 	}

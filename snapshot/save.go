@@ -30,12 +30,16 @@ type Summary struct {
 	DataAdded           int64    `json:"data_added"`            // new data blobs before compression
 	DataAddedPacked     int64    `json:"data_added_packed"`     // the same as stored
 	MetadataAddedPacked int64    `json:"metadata_added_packed"` // trees, indexes and the snapshot as stored
-	MergeAddedPacked    int64    `json:"merge_added_packed"`
+	MergeAddedPacked    int64    `json:"merge_added_packed"`    // metadata of merged layers as stored
 	CopiedForwardBytes  int64    `json:"copied_forward_bytes"`
 	Layers              int      `json:"layers"`
 	Rounds              int      `json:"rounds"` // copies that were made of what changed
 	FreezeSeconds       float64  `json:"freeze_seconds"`
 	DurationSeconds     float64  `json:"duration_seconds"`
+	SpotCheckedBytes    int64    `json:"spot_checked_bytes"` // read to see whether the tracker can be trusted
+
+	// Position is what the snapshot is complete up to, if that is known.
+	Position *kernel.Position `json:"-"`
 }
 
 // save names what was stored in a snapshot.
@@ -83,7 +87,7 @@ func (b *backup) save(ctx context.Context, res layer.Result) (*Summary, error) {
 	s := &b.sum
 	s.MessageType, s.SnapshotID, s.Parent = "summary", id, m.Parent
 	s.Device, s.DeviceSize, s.PointInTime = b.Name, m.Size, string(m.PointInTime)
-	s.DirtyBytes, s.BytesRead, s.Layers = res.DirtyBytes, res.BytesRead, count
+	s.DirtyBytes, s.BytesRead, s.Layers, s.Position = res.DirtyBytes, res.BytesRead, count, m.Position
 	b.stored(size)
 	s.FreezeSeconds, s.DurationSeconds = b.frozen.Seconds(), time.Since(b.started).Seconds()
 	return s, nil
@@ -104,27 +108,6 @@ func (b *backup) pointInTime(ctx context.Context) PointInTime {
 		return PointInTimeNone
 	}
 	return kind
-}
-
-// saveLayers adds the new layer, if any, to those of the parent.
-func (b *backup) saveLayers(ctx context.Context, added *repo.ID) (repo.ID, int, error) {
-	tree := &repo.Tree{}
-	if b.parent != nil {
-		old, err := b.store.LoadTree(ctx, b.parent.Manifest.Layers)
-		if err != nil {
-			return repo.ID{}, 0, fmt.Errorf("read the layers of snapshot %s: %w", b.parent.Snapshot.Str(), err)
-		}
-		tree.Nodes = slices.Clone(old.Nodes)
-	}
-	if added != nil {
-		name, err := layer.NextName(tree)
-		if err != nil {
-			return repo.ID{}, 0, err
-		}
-		tree.Nodes = append(tree.Nodes, layer.DirNode(name, *added, b.Time))
-	}
-	saved, err := b.w.SaveTree(ctx, tree)
-	return saved.ID, len(tree.Nodes), err
 }
 
 // saveRoot stores device.json and the folders down to it.
@@ -155,7 +138,7 @@ func (b *backup) saveRoot(ctx context.Context, m *Manifest) (repo.ID, error) {
 func (b *backup) stored(snapshotSize int64) {
 	st := b.w.Stats()
 	b.sum.DataAdded, b.sum.DataAddedPacked = st.Data.PlainBytes, st.Data.StoredBytes
-	b.sum.MetadataAddedPacked = st.Meta.StoredBytes + st.Tree.StoredBytes + st.IndexBytes + snapshotSize
+	b.sum.MetadataAddedPacked = st.Meta.StoredBytes + st.Tree.StoredBytes + st.IndexBytes + snapshotSize - b.sum.MergeAddedPacked
 }
 
 // CleanName makes the name of a device in a snapshot of a path.

@@ -25,6 +25,7 @@ type backupFlags struct {
 	snapshot  string
 	maxFreeze time.Duration
 	cow       string
+	spot      int
 	reads     int
 	at        string
 }
@@ -67,6 +68,7 @@ file systems are frozen:
 	fl.StringVar(&f.snapshot, "snapshot", "auto", "`way` to a point in time: auto, none, freeze, precopy or dm")
 	fl.DurationVar(&f.maxFreeze, "max-freeze", 0, "thaw and fail after this `duration` (default: 1m with freeze, else 10s)")
 	fl.StringVar(&f.cow, "cow", "", "`space` for what is overwritten while a snapshot is read: memory:SIZE, a block device, or FILE[:SIZE] for a new file (default: a tenth of the device, in a file in the state directory)")
+	fl.IntVar(&f.spot, "spot-check", snapshot.DefaultSpotCheck, "read at least this `number` of blocks that the tracker says were not written, and compare them; 0: none")
 	fl.IntVar(&f.reads, "read-concurrency", 16, "reads in flight")
 	fl.StringVar(&f.at, "time", "", "`time` of the snapshot, as 2006-01-02 15:04:05 (default: now)")
 	return cmd
@@ -128,6 +130,12 @@ func runBackup(ctx context.Context, g *globals, f *backupFlags, path string) (er
 		return causeOf(ctx, err)
 	}
 	p.end()
+	if h, ok := o.History.(*history); ok {
+		// The snapshot is there: what fails now costs a compare scan some day.
+		if err := h.hold(ctx, g, r.ID(), sum); err != nil {
+			g.warn(fmt.Errorf("note in the epoch log what this repository has: %w", err))
+		}
+	}
 	return g.printBackup(sum)
 }
 
@@ -149,7 +157,7 @@ func (f *backupFlags) options(g *globals, path string) (o snapshot.Options, err 
 	if o.Name, err = snapshot.CleanName(name); err != nil {
 		return o, err
 	}
-	o.Tags, o.Parallel, o.Time = f.tags, f.reads, time.Now()
+	o.Tags, o.Parallel, o.Time, o.SpotCheck = f.tags, f.reads, time.Now(), f.spot
 	if f.at != "" {
 		if o.Time, err = time.ParseInLocation("2006-01-02 15:04:05", f.at, time.Local); err != nil {
 			return o, fmt.Errorf("--time: %w", err)

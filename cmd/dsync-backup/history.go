@@ -6,12 +6,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/kernel/epochlog"
 	"github.com/dsync-backup/dsync-backup/kernel/trackers"
+	"github.com/dsync-backup/dsync-backup/snapshot"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
 )
 
@@ -26,6 +28,47 @@ func (h *history) Status(ctx context.Context) (kernel.Status, error) { return h.
 
 // Peek implements snapshot.History.
 func (h *history) Peek(ctx context.Context) (*kernel.Bitmap, error) { return h.tracker.Peek(ctx) }
+
+// Invalidate implements snapshot.History.
+func (h *history) Invalidate(ctx context.Context, reason string) error {
+	return h.tracker.Invalidate(ctx, reason)
+}
+
+// hold records that a repository has a snapshot, so that the log keeps what its
+// next backup needs, and lets go of what nobody does.
+func (h *history) hold(ctx context.Context, g *globals, repository string, s *snapshot.Summary) error {
+	if s.Position == nil || s.Position.Tracker != h.tracker.UUID() {
+		return nil
+	}
+	where, err := g.location()
+	if err != nil {
+		return err
+	}
+	if err := h.Relock(ctx); err != nil {
+		return err
+	}
+	now := time.Now()
+	err = h.Hold(epochlog.Holder{
+		Repository: repository, Location: where, Name: s.Device, Snapshot: s.SnapshotID.String(), Position: *s.Position, Time: now,
+	})
+	if err == nil {
+		_, err = h.Prune(epochlog.DefaultLimits(), now)
+	}
+	if err := errors.Join(err, h.Unlock()); err != nil {
+		return err
+	}
+	all, err := trackers.List()
+	if err != nil {
+		return err
+	}
+	var alive []kernel.UUID
+	for _, t := range all {
+		alive = append(alive, t.UUID())
+		t.Close()
+	}
+	_, err = epochlog.PruneDead(g.stateDir, alive, epochlog.DefaultLimits(), now)
+	return err
+}
 
 // Close lets go of the tracker and its lock.
 func (h *history) Close() error { return errors.Join(h.Unlock(), h.tracker.Close()) }

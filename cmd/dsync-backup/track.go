@@ -12,6 +12,7 @@ import (
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/kernel/dm"
 	"github.com/dsync-backup/dsync-backup/kernel/trackers"
+	"github.com/dsync-backup/dsync-backup/snapshot/cow"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
 )
 
@@ -101,6 +102,12 @@ func trackStop(ctx context.Context, g *globals, path string) error {
 		return err
 	}
 	node := t.Device()
+	if d, ok := t.(*dm.Tracker); ok {
+		// What a backup that was killed has left beneath it.
+		if err := cow.Clean(ctx, d); err != nil {
+			return errors.Join(err, t.Close())
+		}
+	}
 	err = t.Stop(ctx)
 	if errors.Is(err, dm.ErrInUse) {
 		if use, useErr := device.InUse(node); useErr == nil && !use.Empty() {
@@ -121,10 +128,10 @@ func trackStatus(ctx context.Context, g *globals, args []string) error {
 	if err != nil {
 		return err
 	}
-	list := []kernel.Status{}
+	list := []trackerStatus{}
 	for _, t := range found {
 		defer t.Close()
-		st, err := t.Status(ctx)
+		st, err := describeTracker(ctx, g, t)
 		if err != nil {
 			return err
 		}
@@ -140,14 +147,7 @@ func trackStatus(ctx context.Context, g *globals, args []string) error {
 	}
 	fmt.Fprintf(g.stdout, "%-24s%-9s%-34s%7s%12s  %s\n", "Device", "Tracker", "UUID", "Epoch", "Dirty", "State")
 	for _, st := range list {
-		state := "reliable"
-		if !st.Reliable {
-			state = "NOT RELIABLE: " + st.Reason
-		}
-		if st.Below != "" {
-			state += ", on " + st.Below
-		}
-		fmt.Fprintf(g.stdout, "%-24s%-9s%-34s%7d%12s  %s\n", st.Device, st.Tracker, st.UUID, st.Epoch, size(st.DirtyBlocks*int64(st.BlockSize)), state)
+		st.print(g.stdout)
 	}
 	return nil
 }

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package snapshot
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+
+	"github.com/dsync-backup/dsync-backup/kernel"
+	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
+	"github.com/dsync-backup/dsync-backup/snapshot/device"
+	"github.com/dsync-backup/dsync-backup/snapshot/layer"
+)
+
+// DefaultSpotCheck is the least number of blocks that a spot check reads.
+const DefaultSpotCheck = 16
+
+// maxSpotCheck bounds the time of one, and with it that of a freeze.
+const maxSpotCheck = 2048
+
+// spotBlocks picks blocks that are clean in the bitmap, sorted: n of them, or 1 %
+// of the dirty ones if that is more. Half are next to a dirty range, where a
+// tracker that gets ranges wrong would err; the others are anywhere.
+func spotBlocks(r *rand.Rand, dirty *kernel.Bitmap, n int) []int64 {
+	if n <= 0 || dirty.Blocks() == 0 {
+		return nil
+	}
+	n = max(n, int(min(dirty.Count()/100, maxSpotCheck)))
+	picked := map[int64]bool{}
+	// A device that is dirty nearly everywhere may have fewer to offer.
+	for tries := 0; len(picked) < n && tries < 8*n; tries++ {
+		b := r.Int64N(dirty.Blocks())
+		if tries%2 == 0 {
+			if b = dirty.NextSet(b); b == dirty.Blocks() {
+				continue
+			}
+			if b--; r.IntN(2) == 0 {
+				b = dirty.NextClear(b + 1)
+			}
+		}
+		if b >= 0 && b < dirty.Blocks() && !dirty.Get(b) {
+			picked[b] = true
+		}
+	}
+	out := make([]int64, 0, len(picked))
+	for b := range picked {
+		out = append(out, b)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// trust makes sure, as far as a few blocks tell, that the tracker did not miss
+// what it says that it did not see. If it did, it is never trusted again, and
+// the device is compared.
+func (b *backup) trust(ctx context.Context, from *device.Device) error {
+	if b.sum.Changes != ChangesTracker || b.SpotCheck <= 0 {
+		return nil
+	}
+	lie, err := b.spotCheck(ctx, from)
+	if err != nil || lie == nil {
+		return err
+	}
+	b.Warn(lie)
+	if err := b.History.Invalidate(ctx, lie.Error()); err != nil {
+		return fmt.Errorf("%w; and the tracker cannot be told: %w", lie, err)
+	}
+	if b.Precopy != nil {
+		// What is written while it is copied could not be told.
+		return fmt.Errorf("%w; back it up again: tracking is begun anew, and the device compared", lie)
+	}
+	b.epoch, b.dirty = nil, nil
+	b.sum.FallbackReason = lie.Error()
+	b.compare()
+	return nil
+}
+
+// spotCheck reads a few blocks that the tracker says are as in the parent, and
+// compares them with the parent's sums. One that differs, and that the tracker
+// has not marked by then either, is a write that it missed: the error names it.
+// A check that could not be made proves nothing and is no error.
+func (b *backup) spotCheck(ctx context.Context, from *device.Device) (lie, err error) {
+	size := b.Device.Size()
+	seed := b.SpotSeed
+	if seed == 0 {
+		seed = rand.Uint64()
+	}
+	blocks := spotBlocks(rand.New(rand.NewPCG(seed, b.epoch.Position.Epoch)), b.dirty, b.SpotCheck)
+	if len(blocks) == 0 {
+		return nil, nil
+	}
+	layers, err := layer.Open(ctx, b.store, b.parent.Manifest.Layers)
+	if err != nil {
+		return nil, fmt.Errorf("check blocks against snapshot %s: %w", b.parent.Snapshot.Str(), err)
+	}
+	sums := layer.NewSums(ctx, b.store, layers, b.parent.Manifest.Size, size)
+	key := blocksum.Key(b.parent.Manifest.SumKey)
+	buf := source{}.Buffer(kernel.BlockSize)
+	var differ []int64
+	for _, i := range blocks {
+		off := i * kernel.BlockSize
+		block := buf[:min(kernel.BlockSize, size-off)]
+		if err := from.ReadExtent(ctx, block, off); err != nil {
+			return nil, fmt.Errorf("check blocks: %w", err)
+		}
+		b.sum.SpotCheckedBytes += int64(len(block))
+		zero := blocksum.IsZero(block)
+		same, err := sums.Same(off, zero, key.Sum(block))
+		if err != nil {
+			return nil, fmt.Errorf("check blocks against snapshot %s: %w", b.parent.Snapshot.Str(), err)
+		}
+		if !same {
+			differ = append(differ, i)
+		}
+	}
+	if len(differ) == 0 {
+		return nil, nil
+	}
+	// A write is marked before it reaches the device: what was written since
+	// the rotation is marked by now, in the running epoch or, where another
+	// backup has rotated meanwhile, in one that ended.
+	running, err := b.History.Peek(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("check blocks: %w", err)
+	}
+	ended, err := b.History.Since(ctx, b.epoch.Position)
+	if err != nil {
+		// That other backup has not logged its epoch yet: nothing is proven.
+		return nil, nil //nolint:nilerr // see above
+	}
+	for _, i := range differ {
+		if !running.Get(i) && !ended.Get(i) {
+			return fmt.Errorf("block %d (byte %d) differs from snapshot %s, but the tracker says that it was not written: "+
+				"tracking of %s cannot be trusted", i, i*kernel.BlockSize, b.parent.Snapshot.Str(), b.Device.Path()), nil
+		}
+	}
+	return nil, nil
+}
