@@ -27,7 +27,13 @@ test: ## as root: install what the tests need, then run them all (SOAK=1: the lo
 	@tools/install test
 	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
 	$(GO) vet ./...
-	$(GO) test -timeout 50m -p 1 ./...
+	$(GO) test -timeout 50m -p 1 $$($(GO) list ./... | grep -v '/systemtest/vm$$')
+	@$(MAKE) --no-print-directory test-vm
+
+test-vm: ## the tests that need a kernel of their own, under QEMU (RUN=TestBoot/6.12: only that)
+	@tools/install test
+	@tools/kernels
+	$(GO) test -timeout 180m -v $(if $(RUN),-run '$(RUN)') ./systemtest/vm
 
 lint: $(BUILD)/golangci-lint $(BUILD)/gofumpt ## run the linters
 	$(BUILD)/golangci-lint run ./...
@@ -65,4 +71,4 @@ $(BUILD)/golangci-lint: tools/lint/go.mod
 $(BUILD)/gofumpt: tools/lint/go.mod
 	cd tools/lint && $(GO) build -o ../../$@ mvdan.cc/gofumpt
 
-.PHONY: help build demo test lint generate kmod install-dkms bench clean
+.PHONY: help build demo test test-vm lint generate kmod install-dkms bench clean
