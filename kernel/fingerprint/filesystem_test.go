@@ -218,16 +218,17 @@ func TestExt4TellsEveryUse(t *testing.T) {
 }
 
 func TestExtVariantsTellEveryUse(t *testing.T) {
-	for _, args := range [][]string{
+	for _, args := range soak([][]string{
 		{"mkfs.ext2", "-q", "-F"},
-		{"mkfs.ext3", "-q", "-F"},
-		{"mkfs.ext4", "-q", "-F", "-b", "1024"},
-		{"mkfs.ext4", "-q", "-F", "-O", "^metadata_csum,^64bit"},
-		{"mkfs.ext4", "-q", "-F", "-O", "^has_journal"},
 		{"mkfs.ext4", "-q", "-F", "-O", "meta_bg,^resize_inode,orphan_file"},
-		{"mkfs.ext4", "-q", "-F", "-O", "bigalloc"},
-		{"mkfs.ext4", "-q", "-F", "-O", "mmp"},
-	} {
+	},
+		[]string{"mkfs.ext3", "-q", "-F"},
+		[]string{"mkfs.ext4", "-q", "-F", "-b", "4096"},
+		[]string{"mkfs.ext4", "-q", "-F", "-O", "^metadata_csum,^64bit"},
+		[]string{"mkfs.ext4", "-q", "-F", "-O", "^has_journal"},
+		[]string{"mkfs.ext4", "-q", "-F", "-O", "bigalloc"},
+		[]string{"mkfs.ext4", "-q", "-F", "-O", "mmp"},
+	) {
 		t.Run(strings.Join(args, " "), func(t *testing.T) {
 			check(t, func(t testing.TB) image { return made(t, args...) }, common)
 		})
@@ -260,13 +261,14 @@ func TestXFSTellsEveryUse(t *testing.T) {
 }
 
 func TestXFSVariantsTellEveryUse(t *testing.T) {
-	for _, args := range [][]string{
-		{"mkfs.xfs", "-q", "-f", "-b", "size=1024"},
-		{"mkfs.xfs", "-q", "-f", "-s", "size=4096"},
+	for _, args := range soak([][]string{
 		{"mkfs.xfs", "-q", "-f", "-l", "size=64m,su=256k", "-d", "agcount=2,su=256k,sw=2"},
-		{"mkfs.xfs", "-q", "-f", "-i", "size=1024,nrext64=1"},
-		{"mkfs.xfs", "-q", "-f", "-m", "bigtime=0,inobtcount=0,reflink=0,finobt=0"},
-	} {
+	},
+		[]string{"mkfs.xfs", "-q", "-f", "-b", "size=1024"},
+		[]string{"mkfs.xfs", "-q", "-f", "-s", "size=4096"},
+		[]string{"mkfs.xfs", "-q", "-f", "-i", "size=1024,nrext64=1"},
+		[]string{"mkfs.xfs", "-q", "-f", "-m", "bigtime=0,inobtcount=0,reflink=0,finobt=0"},
+	) {
 		t.Run(strings.Join(args, " "), func(t *testing.T) {
 			check(t, func(t testing.TB) image { return made(t, args...) }, common)
 		})

@@ -42,6 +42,14 @@ func tryRun(name string, args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), err
 }
 
+// soak are the cases of a short run, and the others too if SOAK is set.
+func soak[T any](short []T, others ...T) []T {
+	if os.Getenv("SOAK") != "" {
+		return append(short, others...)
+	}
+	return short
+}
+
 func needRoot(t testing.TB) {
 	t.Helper()
 	if os.Getuid() != 0 {
