@@ -4,6 +4,7 @@ package systemtest
 
 import (
 	"encoding/json"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -141,6 +142,11 @@ func TestDamageAnywhereIsNamedAndTheRestIsThere(t *testing.T) {
 		if restic := finish(t, m.prepare(restics["0.18"], "check", "--read-data", "--no-cache")); restic.code == 0 {
 			t.Fatalf("%s: restic finds nothing", what)
 		}
+		if way != "flip" { // that shows without reading
+			if less := m.checked(); less.code != 1 || !maps.EqualFunc(less.damaged, c.damaged, slices.Equal) {
+				t.Fatalf("%s: without reading data check names %v, with it %v", what, less.damaged, c.damaged)
+			}
+		}
 		if len(c.damaged) == 0 {
 			harmless++
 		}
@@ -193,6 +199,10 @@ func (m *mixed) salvage(what string, c checked, touched, salvaged *int) {
 		if (res.code == 0) != (len(wrong) == 0) && len(lost) > 0 {
 			m.t.Fatalf("%s: exit code %d, wrong are %v", what, res.code, wrong)
 		}
+		// Both say the same, since both know which layer gives each block.
+		if told := lostRanges(m.t, res.stdout); !slices.Equal(told, lost) {
+			m.t.Fatalf("%s: check names %v of snapshot %s, restore %v", what, lost, id[:8], told)
+		}
 		*salvaged++
 		// A dump has zeros where nothing is known, and is right elsewhere.
 		dump := filepath.Join(m.t.TempDir(), "dump")
@@ -210,6 +220,25 @@ func (m *mixed) salvage(what string, c checked, touched, salvaged *int) {
 			m.t.Fatalf("%s: a dump of snapshot %s is wrong at %v, lost are %v", what, id[:8], wrong, lost)
 		}
 	}
+}
+
+// lostRanges are those that restore prints.
+func lostRanges(t testing.TB, out string) []kernel.Extent {
+	t.Helper()
+	list := []kernel.Extent{}
+	for line := range strings.Lines(out) {
+		var o struct {
+			MessageType string `json:"message_type"`
+			kernel.Extent
+		}
+		if err := json.Unmarshal([]byte(line), &o); err != nil {
+			t.Fatalf("line %q: %v", line, err)
+		}
+		if o.MessageType == "lost" {
+			list = append(list, o.Extent)
+		}
+	}
+	return list
 }
 
 // TestARepairedSnapshotIsSeenToBeDamaged: restic's repair leaves a repository
