@@ -42,7 +42,7 @@ func (m *Machine) GoTest(pkg string, o Tests) {
 	var raw bytes.Buffer
 	r := m.Start(Command{
 		Args: append(args, o.Args...), Env: o.Env, Dir: dir,
-		Output: &raw, Timeout: o.Timeout + time.Minute,
+		Output: io.MultiWriter(&raw, &progress{t: m.t}), Timeout: o.Timeout + time.Minute,
 	}).Wait()
 	report, err := parseTests(&raw)
 	if err != nil {
@@ -56,6 +56,27 @@ func (m *Machine) GoTest(pkg string, o Tests) {
 		m.t.Errorf("%s ran no test in the guest: %v\n%s", pkg, r.Err, report.rest.String())
 	case r.Err != nil && !m.t.Failed():
 		m.t.Errorf("%s in the guest: %v\n%s", pkg, r.Err, report.rest.String())
+	}
+}
+
+// progress logs the end of each test while the others go on.
+type progress struct {
+	t    *testing.T
+	line []byte
+}
+
+func (p *progress) Write(b []byte) (int, error) {
+	p.line = append(p.line, b...)
+	for {
+		line, rest, ended := bytes.Cut(p.line, []byte("\n"))
+		if !ended {
+			return len(b), nil
+		}
+		p.line = rest
+		// The binary marks its own lines with a control character.
+		if line := strings.TrimLeft(string(line), "\x16 "); strings.HasPrefix(line, "--- ") {
+			p.t.Log(line)
+		}
 	}
 }
 

@@ -13,7 +13,7 @@ import (
 // fault matches lines that a healthy kernel does not log.
 var fault = regexp.MustCompile(strings.Join([]string{
 	`\bWARNING: `, // WARN_ON, and lockdep's "possible recursive locking detected"
-	`\bBUG: `, `\bkernel BUG at `, `\bOops\b`, `Kernel panic`, `------------\[ cut here`,
+	`\bBUG: `, `\bkernel BUG at `, `\bOops\b`, `Kernel panic`,
 	`general protection fault`, `unable to handle`, `Unable to handle`, `divide error`, `invalid opcode`, `double fault`,
 	`possible (recursive|circular) locking`, `possible irq lock inversion`, `inconsistent lock state`, `bad unlock balance`,
 	`suspicious RCU usage`, `[Ii]llegal context switch in RCU`, `held lock freed`, `lock held when returning to user space`,
