@@ -143,6 +143,11 @@ func (b *backup) copySnapshot(ctx context.Context, s Snapshotter) (res layer.Res
 	res, err = layer.Write(ctx, b.saver(), o)
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
+	} else if err != nil {
+		// A read may fail before Watch has looked why.
+		if e := s.Check(ctx); e != nil {
+			err = e
+		}
 	}
 	return res, err
 }
