@@ -16,16 +16,16 @@ import (
 	"github.com/dsync-backup/dsync-backup/kernel/devmapper/dmtest"
 )
 
-// TestNoChangeUnderAFileSystemIsMissed has files written, renamed and removed
+// TestNoChangeUnderAFileSystemOnMappedIsMissed has files written, renamed and removed
 // on a device. Frozen, an epoch is rotated, and what is then on the device is
 // held against what was there at the last freeze.
-func TestNoChangeUnderAFileSystemIsMissed(t *testing.T) {
+func TestNoChangeUnderAFileSystemOnMappedIsMissed(t *testing.T) {
 	dmtest.Need(t)
 	for _, fs := range []string{"ext4", "xfs"} {
 		t.Run(fs, func(t *testing.T) {
 			const size = 320 << 20
 			m := newLinear(t, size/512)
-			run(t, "mkfs."+fs, "-q", m.device)
+			run(t, "mkfs."+fs, "-q", map[string]string{"ext4": "-F", "xfs": "-f"}[fs], m.device)
 			tr := track(t, m.device)
 			mount := t.TempDir()
 			run(t, "mount", "-o", "discard", m.device, mount)

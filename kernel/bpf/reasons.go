@@ -27,8 +27,9 @@ var flagReasons = []struct {
 }{
 	{flagReplaced, "the device was replaced by another one with its number"},
 	{flagNoBitmap, "a write could not be marked"},
-	{flagStranger, "a write completed whose beginning was not seen"},
+	// A write that was not entered is a stranger when it completes.
 	{flagInflightFull, "more writes were in flight than the tracker can hold"},
+	{flagStranger, "a write completed whose beginning was not seen"},
 	{flagLongChain, "a request held more ranges than can be marked"},
 	{flagPassthrough, "a command that may write was sent past the block layer (SCSI or NVMe passthrough)"},
 	{flagUnknownOp, "a kind of write was seen that the tracker does not know"},

@@ -36,6 +36,7 @@ type superset struct {
 	alone     bool // no load elsewhere
 	count     int64
 	rotations int64 // 100 if 0
+	patient   bool  // the device has no operations that must not wait
 
 	discards, zeroes bool // the device does
 
@@ -94,7 +95,7 @@ func (s *superset) run(t *testing.T) {
 	for w := range supersetWriters {
 		r := rand.New(rand.NewPCG(rng.Uint64(), rng.Uint64()))
 		ring := newURing(t)
-		ring.fails = s.fails
+		ring.fails, ring.oneByOne = s.fails, s.patient
 		writers.Go(func() {
 			for s.ops.Add(1) <= count && !t.Failed() {
 				s.changes[w] = append(s.changes[w], s.write(t, r, ring)...)
@@ -104,20 +105,13 @@ func (s *superset) run(t *testing.T) {
 	before := s.content(t)
 	for i := range rotations {
 		waitFor(t, "the writers get on", func() bool { return s.ops.Load() > i*count/rotations })
-		checkpoint := i%10 >= 8 // after one epoch, and after nine
-		if checkpoint {
-			s.pause.Lock()
-		}
-		rotated := false
-		if s.disturb != nil && !checkpoint {
-			s.disturb(t, i, tr, func() { s.rotate(t, tr); rotated = true })
-		}
-		if !rotated {
+		switch {
+		case i%10 >= 8: // after one epoch, and after nine
+			before = s.checkpoint(t, tr, before)
+		case s.disturb != nil:
+			s.disturb(t, i, tr, func() { s.rotate(t, tr) })
+		default:
 			s.rotate(t, tr)
-		}
-		if checkpoint {
-			before = s.checkContent(t, before)
-			s.pause.Unlock()
 		}
 	}
 	writers.Wait()
@@ -126,6 +120,14 @@ func (s *superset) run(t *testing.T) {
 	s.checkChanges(t)
 	wantReliable(t, tr)
 	logMisses(t, tr)
+}
+
+// checkpoint rotates while the writers pause, and looks at the content.
+func (s *superset) checkpoint(t *testing.T, tr *Tracker, before []uint64) []uint64 {
+	s.pause.Lock()
+	defer s.pause.Unlock()
+	s.rotate(t, tr)
+	return s.checkContent(t, before)
 }
 
 func (s *superset) rotate(t *testing.T, tr *Tracker) {
@@ -266,7 +268,7 @@ var hashSeed = maphash.MakeSeed()
 // holds the difference against the epochs since.
 func (s *superset) checkContent(t *testing.T, before []uint64) []uint64 {
 	t.Helper()
-	union := kernel.NewBitmap(s.blocks)
+	union := kernel.NewBitmap(s.epochs[0].Blocks())
 	for _, e := range s.epochs[s.checked:] {
 		if err := union.Or(e); err != nil {
 			t.Fatal(err)

@@ -27,6 +27,7 @@ type uring struct {
 	cqes            []cqe
 	rings, sqesPage []byte
 	fails           bool // operations may fail
+	oneByOne        bool // discards are not submitted by it
 }
 
 const uringDepth = 64
@@ -138,10 +139,10 @@ func (u *uring) write(t testing.TB, f *os.File, buf []byte, offsets []int64) {
 	runtime.KeepAlive(buf)
 }
 
-// discard discards ranges of blocks. Before Linux 6.12 io_uring cannot, and
-// they are discarded one by one.
+// discard discards ranges of blocks. Before Linux 6.12 io_uring cannot, nor can
+// it on devices that have to wait (dm-crypt), and they are discarded one by one.
 func (u *uring) discard(t testing.TB, f *os.File, ranges [][2]int64) {
-	if !uringDiscards(t) {
+	if u.oneByOne || !uringDiscards(t) {
 		for _, r := range ranges {
 			arg := [2]uint64{uint64(r[0] * kernel.BlockSize), uint64(r[1] * kernel.BlockSize)}
 			if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKDISCARD, uintptr(unsafe.Pointer(&arg))); errno != 0 && !u.fails {

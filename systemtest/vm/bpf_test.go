@@ -7,17 +7,17 @@ import (
 	"time"
 )
 
-// The eBPF tracker's own tests with device-mapper devices of each kind, on virtio
-// disks, and the ones that any machine runs.
+// The eBPF tracker's own tests with device-mapper devices of each kind and LVM, and
+// on virtio disks.
 func TestBPFTracker(t *testing.T) {
 	Each(t, func(t *testing.T, k Kernel) {
 		m := Start(t, k, Config{
 			Memory: 2048,
 			Modules: []string{
-				"loop", "dm-mod", "dm-snapshot", "dm-delay", "dm-crypt", "dm-thin-pool", "dm-flakey", "dm-mirror", "xts", "ecb",
+				"loop", "dm-mod", "dm-snapshot", "dm-delay", "dm-crypt", "dm-thin-pool", "dm-flakey", "dm-mirror", "raid0", "xts", "ecb",
 			},
 			Loadable: []string{"xfs"},
-			Tools:    []string{"lvm", "losetup", "mkfs.ext4", "mkfs.xfs", "fsfreeze"},
+			Tools:    []string{"lvm", "losetup", "mkfs.ext4", "mkfs.xfs", "mount", "umount", "fsfreeze"},
 			Disks: []Disk{
 				{Name: "first", Size: 1100 << 20, Cache: "unsafe"},
 				{Name: "second", Size: 1100 << 20, Cache: "unsafe"},
@@ -25,7 +25,7 @@ func TestBPFTracker(t *testing.T) {
 			Scratch: 2048,
 		})
 		m.GoTest("./kernel/bpf", Tests{
-			Run: "Mapped|Virtio|FailedWrite", Timeout: 30 * time.Minute,
+			Run: mappedTests, Timeout: 40 * time.Minute,
 			Env: []string{"DSYNC_TEST_DISKS=/dev/vda /dev/vdb"},
 		})
 	})
