@@ -13,7 +13,7 @@ import (
 func TestBPFTrackerOnLoopDevices(t *testing.T) {
 	Each(t, func(t *testing.T, k Kernel) {
 		m := Start(t, k, Config{
-			Memory: 1536, Modules: []string{"loop", "zram", "xfs", "btrfs"}, Scratch: 2048,
+			Memory: 1536, Modules: []string{"loop", "zram", "lzo-rle", "xfs", "btrfs"}, Scratch: 2048,
 			Tools: []string{"losetup", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "mount", "umount", "fsfreeze", "fallocate"},
 			Allow: []Allow{{
 				regexp.MustCompile(`WARNING: .* (bpf_bprintf_prepare|bpf_trace_printk|try_get_fmt_tmp_buf|bpf_try_get_buffers)\+`),
