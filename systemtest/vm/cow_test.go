@@ -175,9 +175,9 @@ func TestSnapshotsOfBusyFileSystems(t *testing.T) {
 	if os.Getenv("SOAK") != "" {
 		rounds = 10
 	}
-	for _, fs := range []string{"ext4", "xfs", "btrfs"} {
+	for n, fs := range []string{"ext4", "xfs", "btrfs"} {
 		t.Run(fs, func(t *testing.T) {
-			Each(t, func(t *testing.T, k Kernel) {
+			Turn(t, n+1, func(t *testing.T, k Kernel) {
 				g := newBusyGuest(t, k, fs)
 				for round := range rounds {
 					g.start()
@@ -207,7 +207,7 @@ func TestSnapshotsOfBusyFileSystems(t *testing.T) {
 // What a snapshot needs can run out, or be pulled away: the backup fails, and nothing
 // else does.
 func TestSnapshotsThatFail(t *testing.T) {
-	Each(t, func(t *testing.T, k Kernel) {
+	Turn(t, 0, func(t *testing.T, k Kernel) {
 		g := newBusyGuest(t, k, "ext4")
 		g.start()
 		g.backup(nil)
@@ -282,7 +282,7 @@ func TestSnapshotsThatFail(t *testing.T) {
 // A backup that is killed while the device stands still leaves it going, by its
 // watchdog.
 func TestAKilledSuspensionEnds(t *testing.T) {
-	Each(t, func(t *testing.T, k Kernel) {
+	Turn(t, 1, func(t *testing.T, k Kernel) {
 		g := newBusyGuest(t, k, "ext4")
 		g.start()
 		g.backup(nil)

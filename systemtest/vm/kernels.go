@@ -62,6 +62,17 @@ func Each(t *testing.T, scenario func(t *testing.T, k Kernel)) {
 	}
 }
 
+// Turn runs one of several like scenarios on one kernel, the n-th on the n-th of the
+// table in turn; with SOAK=1 it runs on each.
+func Turn(t *testing.T, n int, scenario func(t *testing.T, k Kernel)) {
+	t.Helper()
+	Each(t, func(t *testing.T, k Kernel) {
+		if os.Getenv("SOAK") == "1" || table[n%len(table)] == k.Name {
+			scenario(t, k)
+		}
+	})
+}
+
 // Get returns a kernel of the table, and fetches it first if need be.
 func Get(name string) (Kernel, error) {
 	if err := Check(); err != nil {
