@@ -134,6 +134,7 @@ type keeper struct{ *stage }
 
 // SaveBlob implements [layer.Saver].
 func (k keeper) SaveBlob(ctx context.Context, kind repo.Kind, data []byte) (repo.Saved, error) {
+	k.pass()
 	return k.w.SaveBlob(ctx, kind, data)
 }
 
@@ -147,11 +148,20 @@ func (k keeper) SaveTree(ctx context.Context, t *repo.Tree) (repo.Saved, error) 
 		}
 		for _, id := range n.Content {
 			if b, ok := k.get(repo.DataBlob, id); ok {
+				k.pass()
 				if _, err := k.w.SaveBlob(ctx, repo.KindMeta, b); err != nil {
 					return repo.Saved{}, err
 				}
 			}
 		}
 	}
+	k.pass()
 	return k.w.SaveTree(ctx, t)
+}
+
+// pass notes that the store has to be flushed before all can be loaded.
+func (s *stage) pass() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.passed = true
 }
