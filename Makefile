@@ -28,7 +28,6 @@ test: ## as root: install what the tests need, then run them all (SOAK=1: the lo
 	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
 	$(GO) vet ./...
 	$(GO) test -timeout 50m -p 1 $$($(GO) list ./... | grep -v '/systemtest/vm$$')
-	@$(MAKE) --no-print-directory test-vm
 
 test-vm: ## the tests that need a kernel of their own, under QEMU (RUN=TestBoot/6.12: only that)
 	@tools/install test
