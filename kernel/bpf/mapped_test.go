@@ -110,16 +110,24 @@ func newOrigin(t testing.TB, sectors uint64) mapped {
 }
 
 func newThin(t testing.TB, sectors uint64) mapped {
+	t.Helper()
+	_, volume := newPool(t, sectors, "0")
+	return volume
+}
+
+// newPool makes a pool with options, and a volume in it.
+func newPool(t testing.TB, sectors uint64, options string) (pool mapped, volume mapped) {
+	t.Helper()
 	meta := dmtest.Loop(t, 4<<20, dmtest.LoopOptions{})
 	data := disksBelow(t, 1, sectors)[0]
-	pool := newMapped(t, "pool", devmapper.Target{
+	pool = newMapped(t, "pool", devmapper.Target{
 		Length: dmtest.Sectors(t, data) / 128 * 128, Type: "thin-pool",
-		Params: meta + " " + data + " 128 0 1 skip_block_zeroing",
+		Params: meta + " " + data + " 128 0 " + options,
 	})
 	if _, err := devmapper.Message(pool.name, 0, "create_thin 0"); err != nil {
 		t.Fatal(err)
 	}
-	return newMapped(t, "thin", devmapper.Target{Length: sectors, Type: "thin", Params: pool.device + " 0"})
+	return pool, newMapped(t, "thin", devmapper.Target{Length: sectors, Type: "thin", Params: pool.device + " 0"})
 }
 
 const (
@@ -242,7 +250,7 @@ func TestNoFailedWriteIsMissed(t *testing.T) {
 		devmapper.Target{Length: third, Type: "linear", Params: d[0] + " 0"},
 		devmapper.Target{Start: third, Length: third, Type: "flakey", Params: fmt.Sprintf("%s %d 0 1 1 error_writes", d[0], third)},
 		devmapper.Target{Start: 2 * third, Length: blocks*8 - 2*third, Type: "linear", Params: d[1] + " 0"})
-	(&superset{device: m.device, blocks: blocks, pastCache: blocks, count: guestCount(3000), rotations: 50, alone: true, fails: true, disturb: m.disturb}).run(t)
+	(&superset{device: m.device, blocks: blocks, pastCache: blocks, count: guestCount(3000), rotations: 50, alone: true, fails: true, patient: true, disturb: m.disturb}).run(t)
 }
 
 // disturb suspends the device while an epoch is rotated, and puts its table in

@@ -35,14 +35,13 @@ const (
 	unknown manner = iota
 	through        // a range of another device
 	whole          // computed from its parameters and the devices that they name
-	opaque         // computed from its parameters, whatever is in the devices that they name
+	thin           // a volume of a pool, which grows and moves without a change of what it holds
 )
 
 var manners = map[string]manner{
 	"linear": through, "snapshot-origin": through,
 	"striped": whole, "crypt": whole, "delay": whole, "flakey": whole, "error": whole, "zero": whole,
-	// A pool grows and is moved without a change of what its devices hold.
-	"thin": opaque,
+	"thin": thin,
 }
 
 const (
@@ -109,11 +108,7 @@ func (w *stackWalk) content(dev, from, n uint64, depth int) ([]piece, error) {
 	if err := w.visit(seq, depth); err != nil {
 		return nil, err
 	}
-	info, err := devmapper.Find(dev)
-	if err != nil {
-		return nil, err
-	}
-	table, err := devmapper.Table(info.Name, devmapper.Query{NoFlush: true})
+	table, err := tableOf(dev)
 	if err != nil {
 		return nil, err
 	}
@@ -174,11 +169,52 @@ func (w *stackWalk) target(t devmapper.Target, from, n uint64, depth int) ([]pie
 			}
 			fields[i] = fmt.Sprintf("%x", digest(pieces))
 		}
-	case opaque:
+	case thin:
+		if err := w.pool(t, fields, depth); err != nil {
+			return nil, err
+		}
 	case unknown:
 		return nil, stackError(fmt.Sprintf("it is made with the device-mapper target %q, of which it is not known what changes its content", t.Type))
 	}
 	return []piece{{t.Type + " " + strings.Join(fields, " "), from, n}}, nil
+}
+
+// pool looks at the pool of a thin volume. What was never written reads as
+// zeros, and must do so when something is written beside it: then the pool gives
+// room to both at once, with what was there before unless it wipes it.
+func (w *stackWalk) pool(t devmapper.Target, fields []string, depth int) error {
+	dev, ok := parseDev(fields, 0)
+	if !ok || len(fields) != 2 {
+		return stackError(fmt.Sprintf("its thin target has the parameters %q: volumes with an external origin are not known", t.Params))
+	}
+	seq, err := readNumber(sysfsOf(dev) + "/diskseq")
+	if err != nil {
+		return err
+	}
+	if err := w.visit(seq, depth+1); err != nil {
+		return err
+	}
+	table, err := tableOf(dev)
+	if err != nil {
+		return err
+	}
+	for _, pool := range table {
+		if pool.Type != "thin-pool" {
+			continue
+		}
+		if slices.Contains(strings.Fields(pool.Params), "skip_block_zeroing") {
+			return stackError("its thin pool does not zero blocks, so that a write changes what lies beside it (lvchange --zero y)")
+		}
+	}
+	return nil
+}
+
+func tableOf(dev uint64) ([]devmapper.Target, error) {
+	info, err := devmapper.Find(dev)
+	if err != nil {
+		return nil, err
+	}
+	return devmapper.Table(info.Name, devmapper.Query{NoFlush: true})
 }
 
 // join appends, and makes one piece of two that are one behind the other.

@@ -139,6 +139,32 @@ func TestRefusesTargetsThatItDoesNotKnow(t *testing.T) {
 	wantRefused(t, top.device, `made with the device-mapper target "mirror"`)
 }
 
+// TestRefusesThinVolumesOfMappedPoolsThatDoNotZero also has one that stops to.
+func TestRefusesThinVolumesOfMappedPoolsThatDoNotZero(t *testing.T) {
+	dmtest.Need(t)
+	const reason = "its thin pool does not zero blocks"
+	t.Run("Before", func(t *testing.T) {
+		_, volume := newPool(t, stackSectors, "1 skip_block_zeroing")
+		wantRefused(t, volume.device, reason)
+	})
+	t.Run("After", func(t *testing.T) {
+		pool, volume := newPool(t, stackSectors, "0")
+		tr := track(t, volume.device)
+		table, err := devmapper.Table(pool.name, devmapper.Query{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		fields := strings.Fields(table[0].Params)
+		zero := table[0]
+		zero.Params = strings.Join(fields[:4], " ") + " 0"
+		pool.swap(t, zero)
+		wantReliable(t, tr)
+		zero.Params = strings.Join(fields[:4], " ") + " 1 skip_block_zeroing"
+		pool.swap(t, zero)
+		wantUnreliable(t, tr, reason)
+	})
+}
+
 // TestSnapshotsOfALogicalVolume are taken and removed with LVM's own commands.
 func TestSnapshotsOfALogicalVolume(t *testing.T) {
 	dmtest.Need(t)
