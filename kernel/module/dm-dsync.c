@@ -74,6 +74,7 @@
 #include <linux/rcupdate.h>
 #include <linux/sched.h>
 #include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
 #include <linux/seq_file.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
@@ -91,12 +92,18 @@
 #define DSYNC_PAGE_SHIFT	12
 #define DSYNC_PAGE_WORDS	(DSYNC_PAGE_SIZE / sizeof(long))
 #define DSYNC_PAGE_BLOCKS	(DSYNC_PAGE_SIZE * 8UL)
-#define DSYNC_READ_MAX		(32 * 1024)	/* bytes that one read returns */
+#define DSYNC_READ_SIZE		(32 * 1024)	/* bytes that are copied under the lock */
 #define DSYNC_ID_SIZE		16		/* of a UUID and of a nonce */
 #define DSYNC_REASON_SIZE	128
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(5, 17, 0) && !defined(pde_data)
 #define pde_data(inode) PDE_DATA(inode)
+#endif
+/* Large pages where there are some: fewer TLB misses in the I/O path. */
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 18, 0)
+#define dsync_vmalloc(size, gfp) vmalloc_huge(size, gfp)
+#else
+#define dsync_vmalloc(size, gfp) __vmalloc(size, gfp)
 #endif
 
 /*
@@ -148,6 +155,7 @@ struct dsync_history {
 	struct dsync_bitmap *spare;	/* the pending epoch's, or empty */
 	struct dsync *live;		/* resumed last; may be gone: then NULL */
 	bool seen;			/* one was resumed */
+	u64 state;			/* counts what changes a bitmap but marks */
 	dev_t below;			/* of the live instance, or the first */
 	sector_t offset;
 	sector_t sectors;
@@ -218,7 +226,7 @@ static struct dsync_bitmap *dsync_bitmap_alloc(unsigned long blocks)
 		return NULL;
 	bm->blocks = blocks;
 	bm->pages = DIV_ROUND_UP(blocks, DSYNC_PAGE_BLOCKS);
-	bm->words = __vmalloc(bm->pages << DSYNC_PAGE_SHIFT, gfp);
+	bm->words = dsync_vmalloc(bm->pages << DSYNC_PAGE_SHIFT, gfp);
 	bm->summary = kvcalloc(BITS_TO_LONGS(bm->pages), sizeof(long), GFP_KERNEL);
 	if (!bm->words || !bm->summary) {
 		dsync_bitmap_free(bm);
@@ -472,6 +480,7 @@ static void dsync_swap(struct dsync_history *h)
 	rcu_assign_pointer(h->active, h->spare);
 	synchronize_rcu_expedited();
 	h->spare = old;
+	h->state++;
 }
 
 /* Forget all marks. Those of writes in flight are made after, by end_io. */
@@ -518,6 +527,7 @@ static void dsync_go_live(struct dsync_history *h, struct dsync *d)
 		else
 			dsync_bitmap_truncate(active, blocks);
 	}
+	h->state++;
 	h->rebase = false;
 	h->below = d->dev->bdev->bd_dev;
 	h->offset = d->offset;
@@ -639,37 +649,54 @@ static struct dsync_bitmap *dsync_view_get(struct dsync_view *view, loff_t *size
 	return dsync_active(h);
 }
 
+/*
+ * A read is of one state of the history: it ends early where an epoch ended or
+ * was acknowledged, or the device was resized, since it began.
+ */
 static ssize_t dsync_view_read_iter(struct kiocb *iocb, struct iov_iter *to)
 {
 	struct dsync_view *view = iocb->ki_filp->private_data;
-	loff_t size, pos = iocb->ki_pos;
-	size_t skip = pos % sizeof(long);
-	size_t n = min_t(size_t, iov_iter_count(to), DSYNC_READ_MAX - skip);
-	struct dsync_bitmap *bm;
+	struct dsync_history *h = view->h;
+	u64 state = 0;
+	ssize_t done = 0;
 	char *buf;
 
-	if (!n)
-		return 0;
 	/* a copy, so that the lock is not held over a page fault */
-	buf = kmalloc(round_up(skip + n, sizeof(long)), GFP_NOIO);
+	buf = kmalloc(DSYNC_READ_SIZE, GFP_NOIO);
 	if (!buf)
 		return -ENOMEM;
 
-	mutex_lock(&view->h->lock);
-	bm = dsync_view_get(view, &size);
-	n = pos < size ? min_t(u64, n, size - pos) : 0;
-	if (n)
+	while (iov_iter_count(to)) {
+		loff_t size, pos = iocb->ki_pos;
+		size_t skip = pos % sizeof(long), copied;
+		size_t n = min_t(size_t, iov_iter_count(to), DSYNC_READ_SIZE - skip);
+		struct dsync_bitmap *bm;
+
+		mutex_lock(&h->lock);
+		bm = dsync_view_get(view, &size);
+		if (pos >= size || (done && state != h->state)) {
+			mutex_unlock(&h->lock);
+			break;
+		}
+		state = h->state;
+		n = min_t(u64, n, size - pos);
 		dsync_bitmap_read(bm, pos / sizeof(long), DIV_ROUND_UP(skip + n, sizeof(long)),
 				  (unsigned long *)buf);
-	mutex_unlock(&view->h->lock);
+		mutex_unlock(&h->lock);
 
-	if (n) {
-		n = copy_to_iter(buf + skip, n, to);
-		iocb->ki_pos += n;
+		copied = copy_to_iter(buf + skip, n, to);
+		iocb->ki_pos += copied;
+		done += copied;
+		if (copied < n) {
+			done = done ? done : -EFAULT;
+			break;
+		}
+		if (fatal_signal_pending(current))
+			break;
+		cond_resched();
 	}
 	kfree(buf);
-	/* at the end of the file n was 0 before the copy */
-	return n || pos >= size ? n : -EFAULT;
+	return done;
 }
 
 static loff_t dsync_view_lseek(struct file *file, loff_t offset, int whence)
@@ -1226,6 +1253,7 @@ static int dsync_msg_ack(struct dsync *d, unsigned int argc, char **argv)
 	dsync_bitmap_clear(h->spare);
 	h->pending = false;
 	h->pending_blocks = 0;
+	h->state++;
 	return 0;
 }
 
