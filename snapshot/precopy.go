@@ -230,7 +230,7 @@ func (p *precopy) add(res layer.Result) {
 	}
 }
 
-// join makes one layer of those of the rounds.
+// join makes one layer of those of the rounds. It is staged as they are.
 func (p *precopy) join(ctx context.Context) (layer.Result, error) {
 	if p.Changes == ChangesRanges {
 		p.epoch = nil // that the list was complete is the user's word
@@ -240,7 +240,7 @@ func (p *precopy) join(ctx context.Context) (layer.Result, error) {
 		return p.res, nil
 	case 1:
 		p.res.Tree = &p.trees[0]
-		return p.res, p.stage.keep(ctx, p.trees[0])
+		return p.res, nil
 	}
 	if err := p.stage.loadable(ctx); err != nil {
 		return p.res, err
@@ -253,7 +253,7 @@ func (p *precopy) join(ctx context.Context) (layer.Result, error) {
 		}
 		layers = append(layers, l)
 	}
-	merged, err := layer.Merge(ctx, keeper{p.stage}, p.stage, layers, layer.MergeOptions{Size: p.Device.Size(), Time: p.Time})
+	merged, err := layer.Merge(ctx, p.stage, p.stage, layers, layer.MergeOptions{Size: p.Device.Size(), Time: p.Time})
 	if err != nil {
 		return p.res, err
 	}

@@ -40,7 +40,7 @@ func TestABlockCopiedTwiceIsInTheLayerOnce(t *testing.T) {
 	d := newDisk(t, size)
 	w := newWatched(t, d)
 	f := direct(t, d.path)
-	fillRange(t, f, c, 0, 128<<20)
+	fillRange(t, f, c, 0, 256<<20) // so heavy that no newer layer is merged with it
 	truth := truthFile(t)
 	settled := 0
 	m := &moment{
@@ -64,7 +64,7 @@ func TestABlockCopiedTwiceIsInTheLayerOnce(t *testing.T) {
 		},
 	}
 	full := w.mustBackup(m, inTime)
-	if full.Changes != snapshot.ChangesFull || full.Rounds != 3 || full.DirtyBytes != size || full.BytesRead != 128<<20+(10000+24)*block {
+	if full.Changes != snapshot.ChangesFull || full.Rounds != 3 || full.DirtyBytes != size || full.BytesRead != 256<<20+(10000+24)*block {
 		t.Errorf("a full backup: %+v", full)
 	}
 	w.holdsTruth(full, truth)
@@ -141,12 +141,17 @@ func TestWhatIsWrittenDuringTheCopiesIsCopiedAgain(t *testing.T) {
 	fillRange(t, f, newContent(r, true), 0, size/2)
 	truth := truthFile(t)
 	var gate sync.RWMutex // locked while the device stands still
-	stop := make(chan struct{})
+	done := make(chan struct{})
 	var writers sync.WaitGroup
+	stop := sync.OnceFunc(func() {
+		close(done)
+		writers.Wait()
+	})
+	t.Cleanup(stop)
 	for range 4 {
 		rnd := rand.New(rand.NewPCG(r.Uint64(), 1))
 		writers.Go(func() {
-			if err := scribbleOn(f, rnd, size, &gate, stop); err != nil {
+			if err := scribbleOn(f, rnd, size, &gate, done); err != nil {
 				t.Error(err)
 			}
 		})
@@ -174,8 +179,7 @@ func TestWhatIsWrittenDuringTheCopiesIsCopiedAgain(t *testing.T) {
 		}
 		w.holdsTruth(s, truth)
 	}
-	close(stop)
-	writers.Wait()
+	stop()
 	if again == 0 {
 		t.Error("in no backup was anything copied twice")
 	}
