@@ -751,9 +751,13 @@ static void *dsync_blocks_find(struct dsync_history *h, loff_t *pos)
 		return NULL;
 	from = *pos;
 	found = dsync_bitmap_next(dsync_active(h), from, h->blocks);
-	if (h->pending)
-		found = dsync_bitmap_next(h->spare, from, min(found, h->pending_blocks)) < found ?
-			dsync_bitmap_next(h->spare, from, min(found, h->pending_blocks)) : found;
+	if (h->pending && from < h->pending_blocks) {
+		unsigned long end = min(found, h->pending_blocks);
+		unsigned long frozen = dsync_bitmap_next(h->spare, from, end);
+
+		if (frozen < end)
+			found = frozen;
+	}
 	*pos = found;
 	return found < h->blocks ? pos : NULL;
 }
