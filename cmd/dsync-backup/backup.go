@@ -49,10 +49,13 @@ changed since the last snapshot in this repository:
 A device that is mounted read-write has no single state to be saved, unless its
 file systems are frozen:
 
-  --snapshot auto     dm if the kernel module tracks the device, precopy if eBPF
-                      does, else refuse
+  --snapshot auto     dm if the kernel module tracks the device, lvm if it is a
+                      logical volume and LVM has room, precopy if eBPF tracks it,
+                      else refuse
   --snapshot dm       freeze and suspend it for a moment, in which a copy-on-write
                       snapshot is made (--cow), and read that while it goes on
+  --snapshot lvm      have LVM make a snapshot of a logical volume (lvcreate -s), and
+                      read that; with or without a tracker
   --snapshot precopy  copy it in use, then what was written meanwhile, until
                       little is left; read that with the file systems frozen
   --snapshot freeze   freeze the file systems while all that changed is read
@@ -65,9 +68,9 @@ file systems are frozen:
 	fl.StringArrayVar(&f.tags, "tag", nil, "add a `tag` to the snapshot")
 	fl.StringVarP(&f.host, "host", "H", "", "`host` that the snapshot is of (default: this one)")
 	fl.StringVar(&f.changes, "changes", "auto", "where the changes come from: auto, tracker, compare, full or a `file`")
-	fl.StringVar(&f.snapshot, "snapshot", "auto", "`way` to a point in time: auto, none, freeze, precopy or dm")
+	fl.StringVar(&f.snapshot, "snapshot", "auto", "`way` to a point in time: auto, none, freeze, precopy, dm or lvm")
 	fl.DurationVar(&f.maxFreeze, "max-freeze", 0, "thaw and fail after this `duration` (default: 1m with freeze, else 10s)")
-	fl.StringVar(&f.cow, "cow", "", "`space` for what is overwritten while a snapshot is read: memory:SIZE, a block device, or FILE[:SIZE] for a new file (default: a tenth of the device, in a file in the state directory)")
+	fl.StringVar(&f.cow, "cow", "", "`space` for what is overwritten while a snapshot is read: memory:SIZE, a block device, or FILE[:SIZE] for a new file (default: a tenth of the device, in a file in the state directory); with lvm, a SIZE in the volume group (default: a tenth, or what is free)")
 	fl.IntVar(&f.spot, "spot-check", snapshot.DefaultSpotCheck, "read at least this `number` of blocks that the tracker says were not written, and compare them; 0: none")
 	fl.IntVar(&f.reads, "read-concurrency", 16, "reads in flight")
 	fl.StringVar(&f.at, "time", "", "`time` of the snapshot, as 2006-01-02 15:04:05 (default: now)")

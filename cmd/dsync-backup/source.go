@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 	"github.com/dsync-backup/dsync-backup/snapshot"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
 	"github.com/dsync-backup/dsync-backup/snapshot/freeze"
+	"github.com/dsync-backup/dsync-backup/snapshot/lvm"
 )
 
 // source is a device that is open, and the way to its point in time.
@@ -57,10 +59,17 @@ func openSource(ctx context.Context, g *globals, f *backupFlags, p *progress, pa
 		d.Close()
 		return nil, err
 	}
+	if err := s.ownLVM(ctx, g, f, path, use); err != nil {
+		d.Close()
+		return nil, err
+	}
+	if s.instant != nil {
+		return s, nil
+	}
 	switch {
 	case f.snapshot == "none":
 		s.instant = snapshot.Still(snapshot.PointInTimeNone)
-	case use.Empty() && (opens(path) > 1 || f.snapshot == "dm"):
+	case use.Empty() && (opens(path) > 1 || f.snapshot == "dm" || f.snapshot == "lvm"):
 		// Somebody has it open who claims nothing, besides us: a database, or a
 		// virtual machine.
 		err = s.inUse(ctx, g, f, p, use)
@@ -86,12 +95,34 @@ func openSource(ctx context.Context, g *globals, f *backupFlags, p *progress, pa
 }
 
 // snapshotWays are the arguments of --snapshot.
-var snapshotWays = []string{"auto", "none", "freeze", "precopy", "dm"}
+var snapshotWays = []string{"auto", "none", "freeze", "precopy", "dm", "lvm"}
+
+// ownLVM is what --snapshot auto does with a logical volume in use. It does
+// nothing if LVM can make no snapshot of it.
+func (s *source) ownLVM(ctx context.Context, g *globals, f *backupFlags, path string, use device.Use) error {
+	if f.snapshot != "auto" || !lvm.IsVolume(path) {
+		return nil
+	}
+	readOnly := len(use.Mounts) > 0 && !use.ReadWrite() && len(use.Swaps)+len(use.Claimed) == 0
+	if use.Empty() && mappedOpens(path) <= 1 || readOnly {
+		return nil
+	}
+	snap, err := newLVMSnapshot(ctx, g, f, path)
+	switch {
+	case err == nil:
+		s.instant, s.close = snap, snap.close
+	case errors.Is(err, lvm.ErrNoRoom):
+		g.warn(err)
+	case !lvmCannot(err):
+		return err
+	}
+	return nil
+}
 
 // suspendable says whether a snapshot is made by device-mapper, which can have
 // anybody wait, whether a file system or not.
 func (s *source) suspendable(f *backupFlags) bool {
-	return f.snapshot == "dm" || f.snapshot == "auto" && ownWay(s.device) == "dm"
+	return f.snapshot == "dm" || f.snapshot == "lvm" || f.snapshot == "auto" && ownWay(s.device) == "dm"
 }
 
 // inUse picks the way to a point in time of a device that is written to.
@@ -117,6 +148,12 @@ func (s *source) inUse(ctx context.Context, g *globals, f *backupFlags, p *progr
 		s.precopy = &snapshot.Precopy{MaxFreeze: pre.maxFreeze}
 	case "dm":
 		snap, err := newDMSnapshot(ctx, g, f, p, path, use)
+		if err != nil {
+			return err
+		}
+		s.instant, s.close = snap, snap.close
+	case "lvm":
+		snap, err := newLVMSnapshot(ctx, g, f, path)
 		if err != nil {
 			return err
 		}

@@ -99,23 +99,29 @@ func parseDsync(table []devmapper.Target) (number string, offset, sectors uint64
 	return "", 0, 0, fmt.Errorf("its table is not one of dsync alone: %v", table)
 }
 
-func (s *Snapshot) takeLock() error {
+func (s *Snapshot) takeLock() (err error) {
+	s.lock, err = Lock(s.name)
+	return err
+}
+
+// Lock has one process at a time make snapshots of what has that name, until
+// the file is closed. ErrBusy: another one has.
+func Lock(name string) (*os.File, error) {
 	if err := os.MkdirAll(lockDir, 0o700); err != nil {
-		return fmt.Errorf("lock %s: %w", s.name, err)
+		return nil, fmt.Errorf("lock %s: %w", name, err)
 	}
-	f, err := os.OpenFile(filepath.Join(lockDir, s.name+".snapshot"), os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := os.OpenFile(filepath.Join(lockDir, name+".snapshot"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return fmt.Errorf("lock %s: %w", s.name, err)
+		return nil, fmt.Errorf("lock %s: %w", name, err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return fmt.Errorf("%w: wait for its end, or say --snapshot precopy", ErrBusy)
+			return nil, fmt.Errorf("%w: wait for its end, or say --snapshot precopy", ErrBusy)
 		}
-		return fmt.Errorf("lock %s: %w", s.name, err)
+		return nil, fmt.Errorf("lock %s: %w", name, err)
 	}
-	s.lock = f
-	return nil
+	return f, nil
 }
 
 func (s *Snapshot) unlock() error {
@@ -197,8 +203,13 @@ func (s *Snapshot) Take(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("make a snapshot of %s: %w", s.tracker.Device(), err)
 	}
-	// The kernel itself makes this node, at once: file systems may still be
-	// frozen, and udev need not be waited for.
+	return Node(ctx, i)
+}
+
+// Node gives the node of a mapped device, in a moment at which file systems may be
+// frozen.
+func Node(ctx context.Context, i devmapper.Info) (string, error) {
+	// The kernel itself makes this one, at once: udev need not be waited for.
 	path := fmt.Sprintf("/dev/dm-%d", i.Minor())
 	var st unix.Stat_t
 	if err := unix.Stat(path, &st); err == nil && st.Rdev == i.Dev {
