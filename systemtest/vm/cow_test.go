@@ -19,37 +19,53 @@ const (
 	mapped  = "/dev/mapper/data-dm"
 )
 
-// busyGuest is a guest with a disk that the kernel module tracks, a file system
-// on it, and programs that write to that.
+// busyGuest is a guest with a disk that the kernel module tracks, or a logical
+// volume, a file system on it, and programs that write to that.
 type busyGuest struct {
 	*Machine
-	t    *testing.T
-	in   func(...string) []string
-	load *Process
+	t      *testing.T
+	way    string // of --snapshot: "dm" or "lvm"
+	device string // what is backed up
+	snap   string // pattern of the device-mapper name of its snapshot
+	in     func(...string) []string
+	load   *Process
 }
 
-func newBusyGuest(t *testing.T, k Kernel, fs string) *busyGuest {
+func newBusyGuest(t *testing.T, k Kernel, fs, way string) *busyGuest {
 	t.Helper()
 	size := int64(cowDisk)
 	if fs == "xfs" {
 		size = 320 << 20
 	}
-	modules := []string{"loop", "dm-mod", "dm-snapshot", fs, dsyncModule(t, k)}
+	data := size
+	modules := []string{"loop", "dm-mod", "dm-snapshot", fs}
+	if way == "lvm" {
+		data += 100 << 20
+	} else {
+		modules = append(modules, dsyncModule(t, k))
+	}
 	m := Start(t, k, Config{
 		Memory: 1536, Backup: true, Scratch: 1200, Modules: modules,
-		Tools: []string{"dmsetup", "mkfs." + fs, "fsck.ext4", "xfs_repair", "btrfs", "fsfreeze"},
-		Disks: []Disk{{Name: "data", Size: size}, {Name: "target", Size: size}, {Name: "copy", Size: size}},
+		Tools: []string{"dmsetup", "mkfs." + fs, "fsck.ext4", "xfs_repair", "btrfs", "fsfreeze", "lvm"},
+		Disks: []Disk{{Name: "data", Size: data}, {Name: "target", Size: size}, {Name: "copy", Size: size}},
 	})
 	m.Shell("mkdir -p /mnt /tmp/state /run/load; echo secret >/root/password")
-	g := &busyGuest{Machine: m, t: t, in: func(args ...string) []string {
+	g := &busyGuest{Machine: m, t: t, way: way, device: mapped, snap: "data-dm-cow", in: func(args ...string) []string {
 		return append([]string{
 			"env", "RESTIC_REPOSITORY=/tmp/repo", "RESTIC_PASSWORD_FILE=/root/password", "DSYNC_STATE_DIR=/tmp/state",
 		}, args...)
 	}}
 	m.Run(g.in("dsync-backup", "init")...)
-	m.Run("dsync-backup", "--state-dir", "/tmp/state", "track", "start", m.Device("data"), "--tracker", "dm", "--as", "data-dm")
-	m.Run("mkfs."+fs, "-q", mapped)
-	m.Run("mount", "-t", fs, mapped, "/mnt")
+	if way == "lvm" {
+		g.device, g.snap = "/dev/vg/lv", "vg-dsync[^:]*"
+		m.Run("lvm", "pvcreate", "-q", m.Device("data"))
+		m.Run("lvm", "vgcreate", "-q", "vg", m.Device("data"))
+		m.Run("lvm", "lvcreate", "-q", "-y", "-n", "lv", "-L", fmt.Sprintf("%db", size), "vg")
+	} else {
+		m.Run("dsync-backup", "--state-dir", "/tmp/state", "track", "start", m.Device("data"), "--tracker", "dm", "--as", "data-dm")
+	}
+	m.Run("mkfs."+fs, "-q", g.device)
+	m.Run("mount", "-t", fs, g.device, "/mnt")
 	return g
 }
 
@@ -99,9 +115,9 @@ func (g *busyGuest) committed() int {
 // backup runs one, and calls during while the snapshot of it is there.
 func (g *busyGuest) backup(during func(), args ...string) (s snapshot.Summary) {
 	g.t.Helper()
-	p := g.Machine.Start(Command{Args: g.in(append([]string{"dsync-backup", "--json", "backup", mapped}, args...)...)})
+	p := g.Machine.Start(Command{Args: g.in(append([]string{"dsync-backup", "--json", "backup", g.device}, args...)...)})
 	if during != nil {
-		g.Shell("while ! dmsetup status data-dm-cow 2>/dev/null | grep -q snapshot; do sleep 0.05; done")
+		g.awaitSnapshot()
 		during()
 	}
 	r := p.Wait()
@@ -112,6 +128,19 @@ func (g *busyGuest) backup(during func(), args ...string) (s snapshot.Summary) {
 	return s
 }
 
+// awaitSnapshot waits until there is one.
+func (g *busyGuest) awaitSnapshot() {
+	g.t.Helper()
+	g.Shell("while ! dmsetup status | grep -q '^" + g.snap + ": .* snapshot '; do sleep 0.05; done")
+}
+
+// copySnapshot copies what the snapshot holds, while the backup is stopped.
+func (g *busyGuest) copySnapshot() {
+	g.t.Helper()
+	g.Shell("kill -STOP $(pidof dsync-backup); name=$(dmsetup status | sed -n 's/^\\(" + g.snap + "\\): .* snapshot .*/\\1/p'); " +
+		"dd if=/dev/dm-$(dmsetup info -c --noheadings -o minor $name) of=" + g.Device("copy") + " bs=1M iflag=direct 2>/dev/null; kill -CONT $(pidof dsync-backup)")
+}
+
 // tidy fails the test if anything of a snapshot is left.
 func (g *busyGuest) tidy() {
 	g.t.Helper()
@@ -120,6 +149,15 @@ func (g *busyGuest) tidy() {
 	}
 	if out := g.Shell("cat /sys/block/loop*/loop/backing_file 2>/dev/null || true"); out != "" {
 		g.t.Errorf("left: %s", out)
+	}
+	if g.way == "lvm" {
+		if out := g.Run("lvm", "lvs", "-a", "--noheadings", "-o", "lv_name"); out != "lv" {
+			g.t.Errorf("left: %s", out)
+		}
+		if out := g.Run("dmsetup", "table", "vg-lv"); !strings.Contains(out, " linear ") {
+			g.t.Errorf("the table is %s", out)
+		}
+		return
 	}
 	if out := g.Run("dmsetup", "table", "data-dm"); !strings.Contains(out, "dsync 25") {
 		g.t.Errorf("the table is %s", out)
@@ -154,7 +192,7 @@ func (g *busyGuest) checkTarget(fs string, atLeast int) {
 		g.Run("xfs_repair", "-n", target)
 	case "btrfs":
 		g.Run("btrfs", "check", target)
-		g.Run("mount", "-t", fs, mapped, "/mnt")
+		g.Run("mount", "-t", fs, g.device, "/mnt")
 	}
 	for i, record := range log {
 		if record != strconv.Itoa(i+1) {
@@ -178,13 +216,11 @@ func TestSnapshotsOfBusyFileSystems(t *testing.T) {
 	for n, fs := range []string{"ext4", "xfs", "btrfs"} {
 		t.Run(fs, func(t *testing.T) {
 			Turn(t, n+1, func(t *testing.T, k Kernel) {
-				g := newBusyGuest(t, k, fs)
+				g := newBusyGuest(t, k, fs, "dm")
 				for round := range rounds {
 					g.start()
 					committed := g.committed()
-					s := g.backup(func() {
-						g.Shell("kill -STOP $(pidof dsync-backup); dd if=/dev/dm-$(dmsetup info -c --noheadings -o minor data-dm-cow) of=" + g.Device("copy") + " bs=1M iflag=direct 2>/dev/null; kill -CONT $(pidof dsync-backup)")
-					}, "--limit-upload", "4096")
+					s := g.backup(g.copySnapshot, "--limit-upload", "4096")
 					want := snapshot.ChangesTracker
 					if round == 0 {
 						want = snapshot.ChangesFull
@@ -208,15 +244,15 @@ func TestSnapshotsOfBusyFileSystems(t *testing.T) {
 // else does.
 func TestSnapshotsThatFail(t *testing.T) {
 	Turn(t, 0, func(t *testing.T, k Kernel) {
-		g := newBusyGuest(t, k, "ext4")
+		g := newBusyGuest(t, k, "ext4", "dm")
 		g.start()
 		g.backup(nil)
 		g.stop()
 		fails := func(during func(), words []string, args ...string) {
 			t.Helper()
-			p := g.Machine.Start(Command{Args: g.in(append([]string{"dsync-backup", "backup", mapped}, args...)...)})
+			p := g.Machine.Start(Command{Args: g.in(append([]string{"dsync-backup", "backup", g.device}, args...)...)})
 			if during != nil {
-				g.Shell("while ! dmsetup status data-dm-cow 2>/dev/null | grep -q snapshot; do sleep 0.05; done")
+				g.awaitSnapshot()
 				during()
 			}
 			r := p.Wait()
@@ -244,7 +280,7 @@ func TestSnapshotsThatFail(t *testing.T) {
 		fails(nil, []string{"no size"}, "--cow", "memory:lots")
 		fails(nil, []string{"in use"}, "--cow", g.Device("data"))
 		fails(func() {
-			r := g.Try(g.in("dsync-backup", "backup", mapped)...)
+			r := g.Try(g.in("dsync-backup", "backup", g.device)...)
 			if r.Status != 1 || !strings.Contains(string(r.Stderr), "another backup reads a snapshot") {
 				t.Errorf("two at once: %s", r.Stderr)
 			}
@@ -252,8 +288,8 @@ func TestSnapshotsThatFail(t *testing.T) {
 		}, []string{"snapshot of " + mapped}, "--limit-upload", "1024")
 
 		// Killed while the snapshot is there: the next one clears up.
-		p := g.Machine.Start(Command{Args: g.in("dsync-backup", "backup", mapped, "--limit-upload", "512")})
-		g.Shell("while ! dmsetup status data-dm-cow 2>/dev/null | grep -q snapshot; do sleep 0.05; done")
+		p := g.Machine.Start(Command{Args: g.in("dsync-backup", "backup", g.device, "--limit-upload", "512")})
+		g.awaitSnapshot()
 		g.Shell("kill -9 $(pidof dsync-backup)")
 		p.Wait()
 		g.Shell("echo more >/mnt/more; sync")
@@ -269,7 +305,7 @@ func TestSnapshotsThatFail(t *testing.T) {
 
 		// Its own state directory on it: no file is written there while it stands still.
 		g.Shell("mkdir -p /mnt/state; cp -a /tmp/state/. /mnt/state/")
-		r := g.Try(g.in("env", "DSYNC_STATE_DIR=/mnt/state", "dsync-backup", "backup", mapped)...)
+		r := g.Try(g.in("env", "DSYNC_STATE_DIR=/mnt/state", "dsync-backup", "backup", g.device)...)
 		if r.Err != nil {
 			t.Errorf("with the state directory on the device: %s", r.Stderr)
 		}
@@ -283,7 +319,7 @@ func TestSnapshotsThatFail(t *testing.T) {
 // watchdog.
 func TestAKilledSuspensionEnds(t *testing.T) {
 	Turn(t, 1, func(t *testing.T, k Kernel) {
-		g := newBusyGuest(t, k, "ext4")
+		g := newBusyGuest(t, k, "ext4", "dm")
 		g.start()
 		g.backup(nil)
 		rounds := 5
@@ -292,7 +328,7 @@ func TestAKilledSuspensionEnds(t *testing.T) {
 		}
 		still := 0
 		for i := range rounds {
-			p := g.Machine.Start(Command{Args: g.in("dsync-backup", "backup", mapped)})
+			p := g.Machine.Start(Command{Args: g.in("dsync-backup", "backup", g.device)})
 			// The guest looks for the moment itself: it lasts milliseconds.
 			out := g.Shell(fmt.Sprintf(`
 				for n in $(seq 2000); do

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package vm
+
+import (
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/dsync-backup/dsync-backup/snapshot"
+)
+
+// File systems in use on a logical volume are backed up by LVM's own snapshots: each
+// image is what the snapshot held, bit for bit, and the eBPF tracker on the volume goes
+// on over their coming and going.
+func TestLVMSnapshotsOfBusyFileSystems(t *testing.T) {
+	rounds := 3
+	if os.Getenv("SOAK") != "" {
+		rounds = 10
+	}
+	for n, fs := range []string{"ext4", "xfs"} {
+		t.Run(fs, func(t *testing.T) {
+			Turn(t, n, func(t *testing.T, k Kernel) {
+				g := newBusyGuest(t, k, fs, "lvm")
+				round := func(want snapshot.Changes, reliable bool) {
+					t.Helper()
+					g.start()
+					committed := g.committed()
+					s := g.backup(g.copySnapshot, "--limit-upload", "4096")
+					t.Logf("%s: dirty %d, read %d, %s", s.Changes, s.DirtyBytes, s.BytesRead, s.FallbackReason)
+					if s.PointInTime != "lvm" || s.Changes != want || want == snapshot.ChangesTracker && s.BytesRead > cowDisk/2 {
+						t.Errorf("%+v", s)
+					}
+					g.tidy()
+					g.stop()
+					g.Run(g.in("dsync-backup", "restore", "latest", g.Device("target"), "--force")...)
+					g.Run("cmp", g.Device("copy"), g.Device("target"))
+					g.checkTarget(fs, committed)
+					if !reliable {
+						return
+					}
+					if st := track(t, g.Machine, "status", g.device); !st.Reliable {
+						t.Errorf("after the snapshot: %+v", st)
+					}
+				}
+				// Without a tracker a snapshot is compared.
+				round(snapshot.ChangesFull, false)
+				round(snapshot.ChangesCompare, false)
+				g.Run("dsync-backup", "--state-dir", "/tmp/state", "track", "start", g.device, "--tracker", "bpf")
+				round(snapshot.ChangesCompare, true)
+				for range rounds - 1 {
+					round(snapshot.ChangesTracker, true)
+				}
+			})
+		})
+	}
+}
+
+// What LVM cannot do is said in one line, and nothing of it stays.
+func TestLVMSnapshotsThatFail(t *testing.T) {
+	Turn(t, 0, func(t *testing.T, k Kernel) {
+		g := newBusyGuest(t, k, "ext4", "lvm")
+		g.Run("dsync-backup", "--state-dir", "/tmp/state", "track", "start", g.device, "--tracker", "bpf")
+		g.Shell("for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/mnt/fill$i bs=1M count=4 conv=fsync 2>/dev/null; done")
+		g.start()
+		g.backup(nil)
+		g.stop()
+		fails := func(words []string, args ...string) {
+			t.Helper()
+			wantRefused(t, g.Machine, words, g.in(append([]string{"dsync-backup", "backup"}, args...)...)...)
+			g.Shell("echo writable >/mnt/writable; sync")
+			g.tidy()
+			if n := strings.Count(g.Run(g.in("dsync-backup", "--json", "snapshots")...), `"short_id"`); n != 1 {
+				t.Errorf("backup %v: %d snapshots", args, n)
+			}
+		}
+		next := func(want snapshot.Changes) {
+			t.Helper()
+			g.start()
+			committed := g.committed()
+			s := g.backup(g.copySnapshot, "--limit-upload", "4096")
+			if s.Changes != want || s.PointInTime != "lvm" {
+				t.Errorf("the next one: %+v", s)
+			}
+			g.stop()
+			g.tidy()
+			g.check("ext4", committed)
+			g.Run("cmp", g.Device("copy"), g.Device("target"))
+		}
+		fails([]string{"no room", "vg has", "--cow SIZE"}, g.device, "--snapshot", "lvm", "--cow", "1G")
+		fails([]string{"no size"}, g.device, "--snapshot", "lvm", "--cow", "lots")
+		fails([]string{"in its volume group"}, g.device, "--snapshot", "lvm", "--cow", "memory:1M")
+		fails([]string{"logical volumes", "is none"}, g.Device("target"), "--snapshot", "lvm")
+		g.Shell("mv /usr/bin/lvm /usr/bin/lvm.away")
+		wantRefused(t, g.Machine, []string{"install lvm2"}, g.in("dsync-backup", "backup", g.device, "--snapshot", "lvm")...)
+		// Without LVM, auto copies the tracked volume in use.
+		if s := backupIn(t, g.Machine, g.in, g.device); s.PointInTime != "precopy" || s.Changes != snapshot.ChangesTracker {
+			t.Errorf("auto without LVM: %+v", s)
+		}
+		g.Shell("mv /usr/bin/lvm.away /usr/bin/lvm")
+		g.Run(g.in("dsync-backup", "forget", "latest")...)
+
+		// The space runs out while the snapshot is read.
+		p := g.Machine.Start(Command{Args: g.in("dsync-backup", "backup", g.device, "--changes", "compare", "--cow", "4M", "--limit-upload", "64")})
+		g.awaitSnapshot()
+		g.Shell("kill -STOP $(pidof dsync-backup); for i in 1 2 3 4 5 6; do dd if=/dev/urandom of=/mnt/fill$i bs=1M count=4 conv=notrunc,fsync 2>/dev/null; done; kill -CONT $(pidof dsync-backup)")
+		if r := p.Wait(); r.Status != 1 || !strings.Contains(string(r.Stderr), "copy-on-write space is full (the snapshot vg/dsync-") || !strings.Contains(string(r.Stderr), "--cow") {
+			t.Errorf("overflow: status %d: %s", r.Status, r.Stderr)
+		}
+		g.tidy()
+		next(snapshot.ChangesTracker)
+
+		// Two at once; the first is killed, and leaves its snapshot to the next one.
+		p = g.Machine.Start(Command{Args: g.in("dsync-backup", "backup", g.device, "--changes", "full", "--limit-upload", "64")})
+		g.awaitSnapshot()
+		wantRefused(t, g.Machine, []string{"another backup reads a snapshot"}, g.in("dsync-backup", "backup", g.device)...)
+		g.Shell("kill -9 $(pidof dsync-backup)")
+		p.Wait()
+		if out := g.Run("lvm", "lvs", "--noheadings", "-o", "lv_name,lv_tags", "-S", "lv_tags=dsync-backup"); !strings.Contains(out, "dsync-") {
+			t.Errorf("a killed backup left no snapshot: %q", out)
+		}
+		// One of somebody else's stays, whatever its name.
+		g.Run("lvm", "lvcreate", "-q", "-y", "-n", "dsync-mine", "-L", "4M", "vg")
+		s := g.backup(nil)
+		if s.Changes != snapshot.ChangesTracker {
+			t.Errorf("after the kill: %+v", s)
+		}
+		g.Run("lvm", "lvremove", "-q", "-f", "-y", "vg/dsync-mine")
+		g.tidy()
+		next(snapshot.ChangesTracker)
+
+		// No room at all: auto copies it in use, and says why.
+		g.Run("lvm", "lvcreate", "-q", "-y", "-n", "other", "-l", "100%FREE", "vg")
+		r := g.Try(g.in("dsync-backup", "--json", "backup", g.device)...)
+		if r.Err != nil || !strings.Contains(string(r.Stdout), `"point_in_time":"precopy"`) || !strings.Contains(string(r.Stderr), "no room") {
+			t.Errorf("auto without room: %s%s", r.Stdout, r.Stderr)
+		}
+		fails2 := g.Try(g.in("dsync-backup", "backup", g.device, "--snapshot", "lvm")...)
+		if fails2.Status != 1 || !strings.Contains(string(fails2.Stderr), "0 MiB free") {
+			t.Errorf("lvm without room: %s", fails2.Stderr)
+		}
+	})
+}
