@@ -82,12 +82,12 @@ func written(f *os.File) ([]byte, error) {
 	return io.ReadAll(f)
 }
 
-// oneLine makes one of what LVM said, without its warnings.
+// oneLine makes one of what LVM said, without its warnings and hints.
 func oneLine(said []byte) string {
 	var lines []string
 	for line := range strings.Lines(string(said)) {
 		line = strings.TrimSpace(line)
-		if line != "" && !strings.HasPrefix(line, "WARNING") {
+		if line != "" && !strings.HasPrefix(line, "WARNING") && !strings.HasPrefix(line, "Run `") {
 			lines = append(lines, line)
 		}
 	}

@@ -80,12 +80,9 @@ func (s *Snapshot) open(ctx context.Context, path string) error {
 	if err := s.clean(ctx); err != nil {
 		return err
 	}
-	target := "snapshot"
-	if s.thin {
-		target = "thin"
-	}
-	if _, err := devmapper.TargetVersion(target); err != nil {
-		return fmt.Errorf("the kernel's device-mapper target %s is not there: %w", target, err)
+	// LVM asks for it even where the snapshot is a thin one.
+	if _, err := devmapper.TargetVersion("snapshot"); err != nil {
+		return fmt.Errorf("%w: the kernel module dm-snapshot is not there: %w", ErrUnsupported, err)
 	}
 	s.snap = s.prefix() + strings.ToLower(rand.Text()[:8])
 	s.dm = mapperName(s.vg, s.snap)

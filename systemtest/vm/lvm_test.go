@@ -84,8 +84,9 @@ func TestLVMSnapshotsThatFail(t *testing.T) {
 			}
 			g.stop()
 			g.tidy()
-			g.check("ext4", committed)
+			g.Run(g.in("dsync-backup", "restore", "latest", g.Device("target"), "--force")...)
 			g.Run("cmp", g.Device("copy"), g.Device("target"))
+			g.checkTarget("ext4", committed)
 		}
 		fails([]string{"no room", "vg has", "--cow SIZE"}, g.device, "--snapshot", "lvm", "--cow", "1G")
 		fails([]string{"no size"}, g.device, "--snapshot", "lvm", "--cow", "lots")
@@ -139,5 +140,52 @@ func TestLVMSnapshotsThatFail(t *testing.T) {
 		if fails2.Status != 1 || !strings.Contains(string(fails2.Stderr), "0 MiB free") {
 			t.Errorf("lvm without room: %s", fails2.Stderr)
 		}
+	})
+}
+
+// A thin volume gets a thin snapshot, and a volume of another kind none.
+func TestLVMSnapshotsOfThinVolumes(t *testing.T) {
+	Turn(t, 0, func(t *testing.T, k Kernel) {
+		const size = 64 << 20
+		m := Start(t, k, Config{
+			Memory: 1024, Backup: true, Scratch: 600, Modules: []string{"dm-mod", "dm-thin-pool", "dm-snapshot", "dm-mirror", "raid1", "dm-raid", "ext4"}, Tools: []string{"lvm", "dmsetup", "mkfs.ext4"},
+			Disks: []Disk{{Name: "data", Size: 4 * size}, {Name: "second", Size: 4 * size}, {Name: "target", Size: size}},
+		})
+		in := func(args ...string) []string {
+			return append([]string{"env", "RESTIC_REPOSITORY=/tmp/repo", "RESTIC_PASSWORD_FILE=/root/password"}, args...)
+		}
+		m.Shell(`echo secret >/root/password; mkdir -p /mnt; echo 'global { thin_check_executable = "" }' >>/etc/lvm/lvm.conf
+			lvm vgcreate -q vg ` + m.Device("data") + " " + m.Device("second") + `
+			lvm lvcreate -q -y -T -L 100M -V 64M -n lv vg/pool
+			lvm lvcreate -q -y --type raid1 -m 1 -L 16M -n raid vg`)
+		m.Run(in("dsync-backup", "init")...)
+		track(t, m, "start", "/dev/vg/lv", "--tracker", "bpf")
+		m.Shell("mkfs.ext4 -q /dev/vg/lv; mount /dev/vg/lv /mnt; mkfs.ext4 -q /dev/vg/raid; mkdir /raid; mount /dev/vg/raid /raid")
+		for round := range 3 {
+			m.Shell("dd if=/dev/urandom of=/mnt/file bs=1M count=3 conv=fsync 2>/dev/null")
+			s := backupIn(t, m, in, "/dev/vg/lv")
+			want := snapshot.ChangesTracker
+			if round == 0 {
+				want = snapshot.ChangesFull
+			}
+			if s.PointInTime != "lvm" || s.Changes != want {
+				t.Errorf("round %d: %+v", round, s)
+			}
+			if out := m.Run("lvm", "lvs", "--noheadings", "-o", "lv_name", "vg"); strings.Contains(out, "dsync") {
+				t.Errorf("left: %s", out)
+			}
+		}
+		m.Run(in("dsync-backup", "restore", "latest", m.Device("target"))...)
+		m.Shell("sum=$(md5sum </mnt/file); umount /mnt; mount " + m.Device("target") + ` /mnt; [ "$sum" = "$(md5sum </mnt/file)" ]; umount /mnt; umount /raid`)
+		if st := track(t, m, "status", "/dev/vg/lv"); !st.Reliable {
+			t.Errorf("%+v", st)
+		}
+		wantRefused(t, m, []string{"not supported", "raid1"}, in("dsync-backup", "backup", "/dev/vg/raid", "--snapshot", "lvm")...)
+		// Nobody uses it: it needs no snapshot.
+		if s := backupIn(t, m, in, "/dev/vg/lv"); s.PointInTime != "unmounted" {
+			t.Errorf("not in use: %+v", s)
+		}
+		m.Shell("dd if=/dev/urandom of=/dev/vg/lv bs=1M 2>/dev/null || true; lvm lvcreate -q -y -V 64M -n fill --thinpool vg/pool; dd if=/dev/urandom of=/dev/vg/fill bs=1M count=30 conv=fsync 2>/dev/null")
+		wantRefused(t, m, []string{"no room", "vg/pool", "data_percent"}, in("dsync-backup", "backup", "/dev/vg/lv", "--snapshot", "lvm")...)
 	})
 }
