@@ -189,3 +189,26 @@ func TestLVMSnapshotsOfThinVolumes(t *testing.T) {
 		wantRefused(t, m, []string{"no room", "vg/pool", "data_percent"}, in("dsync-backup", "backup", "/dev/vg/lv", "--snapshot", "lvm")...)
 	})
 }
+
+// A backup that is killed while LVM makes its snapshot leaves that to LVM, and the
+// snapshot to the next backup; the tracker looks between the coming and the going.
+func TestAKilledLVMSnapshotIsRemoved(t *testing.T) {
+	Turn(t, 1, func(t *testing.T, k Kernel) {
+		g := newBusyGuest(t, k, "ext4", "lvm")
+		g.Run("dsync-backup", "--state-dir", "/tmp/state", "track", "start", g.device, "--tracker", "bpf")
+		g.start()
+		g.backup(nil)
+		p := g.Machine.Start(Command{Args: g.in("dsync-backup", "backup", g.device)})
+		g.Shell("while ! ps -o args | grep -q '[l]vm lvcreate'; do :; done; kill -STOP $(pidof dsync-backup)")
+		g.awaitSnapshot()
+		g.Shell("kill -9 $(pidof dsync-backup); while ps -o args | grep -q '[l]vm lvcreate'; do sleep 0.1; done")
+		p.Wait()
+		committed := g.committed()
+		if s := g.backup(nil); s.Changes != snapshot.ChangesTracker || s.PointInTime != "lvm" {
+			t.Errorf("after the kill: %+v", s)
+		}
+		g.stop()
+		g.tidy()
+		g.check("ext4", committed)
+	})
+}
