@@ -157,16 +157,17 @@ func (s *Server) start() error {
 }
 
 func (s *Server) wait() error {
-	client, err := s.client()
+	client, err := s.client(s.AccessKey)
+	if err != nil {
+		return err
+	}
+	stranger, err := s.client("a-stranger")
 	if err != nil {
 		return err
 	}
 	deadline := time.Now().Add(startTimeout)
 	for {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		_, err := client.ListBuckets(ctx)
-		cancel()
-		if err == nil {
+		if err = answers(client, stranger); err == nil {
 			return nil
 		}
 		select {
@@ -178,6 +179,20 @@ func (s *Server) wait() error {
 			return err
 		}
 	}
+}
+
+// answers tells whether the server does. It knows its root user before it knows who
+// else there is: a stranger gets another error until then.
+func answers(root, stranger *minio.Client) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if _, err := root.ListBuckets(ctx); err != nil {
+		return err
+	}
+	if _, err := stranger.ListBuckets(ctx); minio.ToErrorResponse(err).Code != "InvalidAccessKeyId" {
+		return fmt.Errorf("it does not know its users yet: %w", err)
+	}
+	return nil
 }
 
 // Stop ends the server, as the store that goes away in the middle of
@@ -244,16 +259,16 @@ func (s *Server) Setenv(t testing.TB) {
 // Client is a client of the server with all rights.
 func (s *Server) Client() *minio.Client {
 	s.t.Helper()
-	c, err := s.client()
+	c, err := s.client(s.AccessKey)
 	if err != nil {
 		s.t.Fatalf("make MinIO client: %v", err)
 	}
 	return c
 }
 
-func (s *Server) client() (*minio.Client, error) {
+func (s *Server) client(key string) (*minio.Client, error) {
 	o := &minio.Options{
-		Creds:      credentials.NewStaticV4(s.AccessKey, s.SecretKey, ""),
+		Creds:      credentials.NewStaticV4(key, s.SecretKey, ""),
 		Secure:     s.CACert != "",
 		Region:     "us-east-1",
 		MaxRetries: 1,
