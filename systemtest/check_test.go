@@ -245,6 +245,7 @@ func lostRanges(t testing.TB, out string) []kernel.Extent {
 // that it finds clean, in which a device is not whole.
 func TestARepairedSnapshotIsSeenToBeDamaged(t *testing.T) {
 	r := random(t)
+	repaired := 0
 	for i := range count(20, 4) {
 		m := newMixed(lightEnv(t), r)
 		m.back()
@@ -252,6 +253,9 @@ func TestARepairedSnapshotIsSeenToBeDamaged(t *testing.T) {
 		packs := m.env.files("data")
 		slices.Sort(packs)
 		pack := packs[r.IntN(len(packs))]
+		if i == 0 {
+			pack = m.largestPack() // data, so that a device is left
+		}
 		if err := os.Remove(pack); err != nil {
 			t.Fatal(err)
 		}
@@ -262,17 +266,43 @@ func TestARepairedSnapshotIsSeenToBeDamaged(t *testing.T) {
 			t.Fatalf("restic's repair is not complete: %s", res.stderr)
 		}
 		after := m.checked()
-		devices := 0
-		for id := range before.damaged {
-			if _, ok := m.devices[id]; ok {
-				devices++
+		// Of what cannot be read at all nothing is left.
+		left := 0
+		for id, original := range m.repaired() {
+			_, damaged := before.damaged[original]
+			if _, device := m.devices[original]; !device || !damaged {
+				continue
+			}
+			left++
+			if after.messages[id] == "" {
+				t.Errorf("snapshot %s, which restic made of the damaged %s, is not found to be damaged: %+v", id, original, after)
 			}
 		}
-		t.Logf("%d: %d of 2 devices were damaged: %v", i, devices, after.messages)
-		if len(after.damaged) != devices || (after.code == 0) != (devices == 0) {
-			t.Errorf("%d devices were damaged before the repair, %d are found after it: %+v", devices, len(after.damaged), after.errors)
+		t.Logf("%d: %d damaged devices are left: %v", i, left, after.messages)
+		if len(after.damaged) != left || (after.code == 0) != (left == 0) {
+			t.Errorf("%d damaged devices are left after the repair, %d are found: %+v", left, len(after.damaged), after.errors)
+		}
+		repaired += left
+	}
+	if repaired == 0 {
+		t.Error("no device was repaired")
+	}
+}
+
+// repaired are the snapshots that were made of others, and of which.
+func (e *env) repaired() map[string]string {
+	e.t.Helper()
+	var list []struct{ ID, Original string }
+	if err := json.Unmarshal([]byte(e.must("--json", "snapshots")), &list); err != nil {
+		e.t.Fatal(err)
+	}
+	out := map[string]string{}
+	for _, s := range list {
+		if s.Original != "" {
+			out[s.ID] = s.Original
 		}
 	}
+	return out
 }
 
 func TestRepairIndexMendsWhatThePacksHold(t *testing.T) {
@@ -282,7 +312,11 @@ func TestRepairIndexMendsWhatThePacksHold(t *testing.T) {
 	m.back()
 	for i := range 6 {
 		for j, index := range m.env.files("index") {
-			switch (i + j) % 3 {
+			harm := (i + j) % 3
+			if j == 0 {
+				harm = i % 2 // one at least
+			}
+			switch harm {
 			case 0:
 				if err := os.Remove(index); err != nil {
 					t.Fatal(err)
