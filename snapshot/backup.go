@@ -91,6 +91,9 @@ type backup struct {
 	sum     Summary
 	started time.Time
 
+	changed   int64 // bytes that the backup's own layer describes
+	forwarded int64 // bytes of new blobs that hold what was copied forward
+
 	epoch       *kernel.Epoch // what the snapshot is complete up to, if that is known
 	doubt       string        // why it is not, where there is a tracker
 	uncommitted bool          // an epoch that was ended is not known to be logged

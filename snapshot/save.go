@@ -31,7 +31,8 @@ type Summary struct {
 	DataAddedPacked     int64    `json:"data_added_packed"`     // the same as stored
 	MetadataAddedPacked int64    `json:"metadata_added_packed"` // trees, indexes and the snapshot as stored
 	MergeAddedPacked    int64    `json:"merge_added_packed"`    // metadata of merged layers as stored
-	CopiedForwardBytes  int64    `json:"copied_forward_bytes"`
+	CopiedForwardBytes  int64    `json:"copied_forward_bytes"`  // of the device, stored anew to free worn blobs
+	CopiedForwardPacked int64    `json:"copied_forward_packed"` // the same as stored; not in data_added
 	Layers              int      `json:"layers"`
 	Rounds              int      `json:"rounds"` // copies that were made of what changed
 	FreezeSeconds       float64  `json:"freeze_seconds"`
@@ -60,6 +61,7 @@ func (b *backup) save(ctx context.Context, res layer.Result) (*Summary, error) {
 	if b.parent != nil {
 		m.Parent = &b.parent.Snapshot
 	}
+	b.changed = res.DirtyBytes
 	layers, count, err := b.saveLayers(ctx, res.Tree)
 	if err != nil {
 		return nil, err
@@ -137,7 +139,7 @@ func (b *backup) saveRoot(ctx context.Context, m *Manifest) (repo.ID, error) {
 // stored fills in what the repository grew by.
 func (b *backup) stored(snapshotSize int64) {
 	st := b.w.Stats()
-	b.sum.DataAdded, b.sum.DataAddedPacked = st.Data.PlainBytes, st.Data.StoredBytes
+	b.sum.DataAdded, b.sum.DataAddedPacked = st.Data.PlainBytes-b.forwarded, st.Data.StoredBytes-b.sum.CopiedForwardPacked
 	b.sum.MetadataAddedPacked = st.Meta.StoredBytes + st.Tree.StoredBytes + st.IndexBytes + snapshotSize - b.sum.MergeAddedPacked
 }
 

@@ -26,6 +26,9 @@ type chain struct {
 	from  layer.Loader
 	links []link
 	merge func(ctx context.Context, links []link) (*repo.ID, error)
+	// forward makes another layer, or none, to be merged on top of the newest
+	// ones, which are about to be merged.
+	forward func(ctx context.Context, links []link) (*repo.ID, error)
 }
 
 // shorten merges the newest layers as long as the next older one is not much
@@ -82,7 +85,17 @@ func (c *chain) join(ctx context.Context, i, j int) error {
 	if j-i < 2 {
 		return nil
 	}
-	tree, err := c.merge(ctx, c.links[i:j])
+	run := c.links[i:j]
+	if j == len(c.links) && c.forward != nil {
+		top, err := c.forward(ctx, run)
+		if err != nil {
+			return err
+		}
+		if top != nil {
+			run = append(slices.Clone(run), link{tree: *top})
+		}
+	}
+	tree, err := c.merge(ctx, run)
 	if err != nil {
 		return err
 	}
@@ -154,7 +167,7 @@ func (b *backup) shorten(ctx context.Context, tree *repo.Tree) error {
 	if err := b.stage.loadable(ctx); err != nil {
 		return err
 	}
-	c := &chain{from: b.stage, merge: b.merge}
+	c := &chain{from: b.stage, merge: b.merge, forward: b.forward}
 	for _, n := range tree.Nodes {
 		if n.Subtree == nil {
 			return fmt.Errorf("%w: %q is not a layer", layer.ErrDamaged, n.Name)
@@ -182,13 +195,9 @@ func (b *backup) shorten(ctx context.Context, tree *repo.Tree) error {
 // merge stores one layer for several, and counts what that took apart.
 func (b *backup) merge(ctx context.Context, links []link) (*repo.ID, error) {
 	before := b.w.Stats()
-	var layers []*layer.Layer
-	for i, l := range links {
-		opened, err := layer.OpenTree(ctx, b.stage, uint64(i), l.tree)
-		if err != nil {
-			return nil, fmt.Errorf("merge layers: %w", err)
-		}
-		layers = append(layers, opened)
+	layers, err := b.openLinks(ctx, links)
+	if err != nil {
+		return nil, err
 	}
 	res, err := layer.Merge(ctx, keeper{b.stage}, b.stage, layers, layer.MergeOptions{Size: b.Device.Size(), Time: b.Time})
 	if err != nil {
@@ -202,4 +211,16 @@ func (b *backup) merge(ctx context.Context, links []link) (*repo.ID, error) {
 	b.sum.MergeAddedPacked += after.Meta.StoredBytes + after.Tree.StoredBytes + after.IndexBytes -
 		before.Meta.StoredBytes - before.Tree.StoredBytes - before.IndexBytes
 	return res.Tree, nil
+}
+
+// openLinks opens layers, oldest first.
+func (b *backup) openLinks(ctx context.Context, links []link) (out []*layer.Layer, err error) {
+	for i, l := range links {
+		opened, err := layer.OpenTree(ctx, b.stage, uint64(i), l.tree)
+		if err != nil {
+			return nil, fmt.Errorf("merge layers: %w", err)
+		}
+		out = append(out, opened)
+	}
+	return out, nil
 }

@@ -168,6 +168,14 @@ func (f *File) Locate(off int64) (blob int, in, left int64) {
 	return blob, off - start, f.ends[blob] - off
 }
 
+// size is the length of a blob.
+func (f *File) size(blob int) int64 {
+	if blob == 0 {
+		return f.ends[0]
+	}
+	return f.ends[blob] - f.ends[blob-1]
+}
+
 // ReadFile loads a small file of ours.
 func ReadFile(ctx context.Context, from Loader, n *repo.Node) ([]byte, error) {
 	if n == nil || n.Type != repo.NodeFile {
