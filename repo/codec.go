@@ -24,25 +24,14 @@ const (
 type codec struct {
 	key      *crypto.Key
 	compress bool // data blobs too
-	enc      *zstd.Encoder
+	enc      *compressor
 	dec      *zstd.Decoder
 }
 
 func newCodec(key *crypto.Key, mode Compression) (*codec, error) {
-	level := zstd.SpeedDefault
-	switch mode {
-	case CompressionFastest:
-		level = zstd.SpeedFastest
-	case CompressionBetter:
-		level = zstd.SpeedBetterCompression
-	case CompressionMax:
-		level = zstd.SpeedBestCompression
-	}
-	// The MAC and the SHA-256 are checksum enough.
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(level), zstd.WithEncoderCRC(false),
-		zstd.WithWindowSize(zstdWindow), zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)))
+	enc, err := newCompressor(mode)
 	if err != nil {
-		return nil, fmt.Errorf("set up compression: %w", err)
+		return nil, err
 	}
 	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(runtime.GOMAXPROCS(0)), zstd.WithDecoderMaxMemory(maxPlaintext))
 	if err != nil {
@@ -57,7 +46,7 @@ const versionByte = 2
 
 func (c *codec) sealFile(plain []byte, version uint) []byte {
 	if version >= 2 {
-		plain = c.enc.EncodeAll(plain, []byte{versionByte})
+		plain = c.enc.file(plain, []byte{versionByte})
 	}
 	return c.key.Seal(make([]byte, 0, len(plain)+crypto.Overhead), plain)
 }
@@ -78,16 +67,35 @@ func (c *codec) openFile(sealed []byte, version uint) ([]byte, error) {
 	return c.dec.DecodeAll(plain[1:], nil)
 }
 
-// sealBlob appends the stored form of a blob to dst, using scratch for the
-// compressed text, and says what UncompressedLength to note. A blob without
-// bytes is never compressed: its length of 0 would say that it is not.
-func (c *codec) sealBlob(dst, scratch []byte, t BlobType, plain []byte) (sealed, newScratch []byte, uncompressed int) {
+// sealBlob makes the stored form of a blob in w.sealed, using w's other memory,
+// and says what UncompressedLength to note. A blob without bytes is never
+// compressed: its length of 0 would say that it is not.
+func (c *codec) sealBlob(w *scratch, t BlobType, plain []byte) (uncompressed int) {
 	text := plain
-	if len(plain) > 0 && (c.compress || t == TreeBlob) {
-		scratch = c.enc.EncodeAll(plain, scratch[:0])
-		text, uncompressed = scratch, len(plain)
+	switch {
+	case len(plain) == 0:
+	case t == TreeBlob:
+		w.compressed = c.enc.file(plain, w.compressed[:0])
+		text, uncompressed = w.compressed, len(plain)
+	case c.compress:
+		w.compressed, w.other = c.enc.blob(plain, w.compressed, w.other)
+		text, uncompressed = w.compressed, len(plain)
 	}
-	return c.key.Seal(dst, text), scratch, uncompressed
+	// Room for a blob that does not compress, so that few need new memory.
+	w.sealed = c.key.Seal(grow(w.sealed, len(plain)+crypto.Overhead)[:0], text)
+	return uncompressed
+}
+
+// checkBlob opens what sealBlob made, and leaves it as it is.
+func (c *codec) checkBlob(w *scratch, b pack.Blob) error {
+	text, err := c.key.Open(w.compressed[:0], w.sealed)
+	if err != nil {
+		return err
+	}
+	w.compressed = text
+	w.plain = grow(w.plain, int(b.UncompressedLength))
+	_, err = c.decode(w.plain, b, text)
+	return err
 }
 
 // openBlob checks and decodes a stored blob. The plaintext is a part of sealed,
@@ -103,20 +111,27 @@ func (c *codec) openText(dst []byte, b pack.Blob, sealed []byte) (text, plain []
 	if text, err = c.key.OpenInPlace(sealed); err != nil {
 		return nil, nil, err
 	}
+	plain, err = c.decode(dst, b, text)
+	return text, plain, err
+}
+
+// decode decompresses a blob's text, if it is compressed, and compares it with
+// the blob's ID.
+func (c *codec) decode(dst []byte, b pack.Blob, text []byte) (plain []byte, err error) {
 	plain = text
 	if b.Compressed() {
 		if cap(dst) < int(b.UncompressedLength) {
 			dst = make([]byte, 0, b.UncompressedLength)
 		}
 		if plain, err = c.dec.DecodeAll(text, dst[:0]); err != nil {
-			return nil, nil, fmt.Errorf("decompress: %w", err)
+			return nil, fmt.Errorf("decompress: %w", err)
 		}
 		if len(plain) != int(b.UncompressedLength) {
-			return nil, nil, fmt.Errorf("decompress: %d bytes instead of %d", len(plain), b.UncompressedLength)
+			return nil, fmt.Errorf("decompress: %d bytes instead of %d", len(plain), b.UncompressedLength)
 		}
 	}
 	if Hash(plain) != b.ID {
-		return nil, nil, errors.New("the content does not match its ID")
+		return nil, errors.New("the content does not match its ID")
 	}
-	return text, plain, nil
+	return plain, nil
 }

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/user"
 	"time"
@@ -63,14 +62,14 @@ func (r *Repository) addKey(ctx context.Context, password string, params KDFPara
 
 // findKey tries the password on every key and returns the master key that the
 // first fitting one holds.
-func findKey(ctx context.Context, be backend.Backend, password string, log *slog.Logger) (*crypto.Key, error) {
+func findKey(ctx context.Context, be backend.Backend, password string, o Options) (*crypto.Key, error) {
 	ids, err := listIDs(ctx, be, backend.KeyFile)
 	if err != nil {
 		return nil, err
 	}
 	var damaged error
 	for _, f := range ids {
-		master, err := tryKey(ctx, be, f.id, password)
+		master, err := tryKey(ctx, be, f.id, password, o)
 		switch {
 		case err == nil:
 			return master, nil
@@ -80,7 +79,7 @@ func findKey(ctx context.Context, be backend.Backend, password string, log *slog
 			return nil, err
 		default:
 			// Another key may fit still.
-			log.Warn("skipping a key", "error", err)
+			o.Logger.Warn("skipping a key", "error", err)
 			damaged = err
 		}
 	}
@@ -90,22 +89,38 @@ func findKey(ctx context.Context, be backend.Backend, password string, log *slog
 	return nil, ErrWrongPassword
 }
 
-func tryKey(ctx context.Context, be backend.Backend, id ID, password string) (*crypto.Key, error) {
-	data, err := loadFile(ctx, be, backend.Handle{Type: backend.KeyFile, Name: id.String()})
+func tryKey(ctx context.Context, be backend.Backend, id ID, password string, o Options) (*crypto.Key, error) {
+	f, err := loadKey(ctx, be, id)
 	if err != nil {
-		return nil, fmt.Errorf("load key %s: %w", id.Str(), err)
-	}
-	var f keyFile
-	if err := json.Unmarshal(data, &f); err != nil {
-		return nil, fmt.Errorf("decode key %s: %w: %w", id.Str(), ErrDamaged, err)
-	}
-	if f.KDF != "scrypt" {
-		return nil, fmt.Errorf("decode key %s: key derivation %q is not known", id.Str(), f.KDF)
+		return nil, err
 	}
 	userKey, err := crypto.Derive(crypto.Params{N: f.N, R: f.R, P: f.P}, f.Salt, password)
 	if err != nil {
 		return nil, fmt.Errorf("decode key %s: %w", id.Str(), err)
 	}
+	master, err := f.open(id, userKey)
+	if err == nil && o.Keys != nil {
+		o.keep(id, userKey)
+	}
+	return master, err
+}
+
+func loadKey(ctx context.Context, be backend.Backend, id ID) (f keyFile, err error) {
+	data, err := loadFile(ctx, be, backend.Handle{Type: backend.KeyFile, Name: id.String()})
+	if err != nil {
+		return f, fmt.Errorf("load key %s: %w", id.Str(), err)
+	}
+	if err := json.Unmarshal(data, &f); err != nil {
+		return f, fmt.Errorf("decode key %s: %w: %w", id.Str(), ErrDamaged, err)
+	}
+	if f.KDF != "scrypt" {
+		return f, fmt.Errorf("decode key %s: key derivation %q is not known", id.Str(), f.KDF)
+	}
+	return f, nil
+}
+
+// open gives the master key that the file holds.
+func (f keyFile) open(id ID, userKey *crypto.Key) (*crypto.Key, error) {
 	plain, err := userKey.Open(nil, f.Data)
 	if err != nil {
 		return nil, fmt.Errorf("open key %s: %w", id.Str(), err)
@@ -115,4 +130,57 @@ func tryKey(ctx context.Context, be backend.Backend, id ID, password string) (*c
 		return nil, fmt.Errorf("open key %s: %w", id.Str(), err)
 	}
 	return master, nil
+}
+
+// keep puts what was derived from a password where the next run finds it.
+func (o Options) keep(id ID, userKey *crypto.Key) {
+	raw, err := json.Marshal(userKey)
+	if err == nil {
+		err = o.Keys.Put(id.String(), raw)
+	}
+	if err != nil {
+		o.Logger.Warn("going on without keeping the key", "error", err)
+	}
+}
+
+// findKept looks for a key file that a kept key opens, and returns the master
+// key that it holds, or nil.
+func findKept(ctx context.Context, be backend.Backend, o Options) (*crypto.Key, error) {
+	if o.Keys == nil {
+		return nil, nil
+	}
+	ids, err := listIDs(ctx, be, backend.KeyFile)
+	if err != nil {
+		return nil, err
+	}
+	for _, info := range ids {
+		raw, err := o.Keys.Get(info.id.String())
+		if err != nil {
+			o.Logger.Warn("going on without a kept key", "error", err)
+			return nil, nil
+		}
+		if raw == nil {
+			continue
+		}
+		userKey := &crypto.Key{}
+		var f keyFile
+		var master *crypto.Key
+		if err = json.Unmarshal(raw, userKey); err == nil {
+			if f, err = loadKey(ctx, be, info.id); err == nil {
+				master, err = f.open(info.id, userKey)
+			}
+		}
+		if err == nil {
+			return master, nil
+		}
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		// It is not what it should be: the password decides.
+		o.Logger.Warn("forgetting a kept key", "error", err)
+		if err := o.Keys.Drop(info.id.String()); err != nil {
+			o.Logger.Warn("forgetting a kept key", "error", err)
+		}
+	}
+	return nil, nil
 }

@@ -46,9 +46,23 @@ type Options struct {
 	CacheDir    string // holds a folder for each repository; "" means no cache
 	Logger      *slog.Logger
 
+	// Keys, if set, keeps what is derived from passwords, which takes half a
+	// second each time.
+	Keys KeyStore
+
 	// KDF is for Init: how costly the password is to guess. The zero value
 	// measures this machine and takes about half a second.
 	KDF KDFParams
+}
+
+// KeyStore keeps keys that open files below keys/, by the files' IDs. What
+// fails is logged, and costs a derivation. It is trusted: what it gives opens
+// the repository without a password.
+type KeyStore interface {
+	// Get gives nil if it has no such key.
+	Get(name string) ([]byte, error)
+	Put(name string, key []byte) error
+	Drop(name string) error
 }
 
 func (o Options) withDefaults() (Options, error) {

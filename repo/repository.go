@@ -109,6 +109,12 @@ func mustBeEmpty(ctx context.Context, be backend.Backend) error {
 // Open opens the repository in be with the first key that the password fits.
 // Errors: [ErrNoRepository], [ErrWrongPassword].
 func Open(ctx context.Context, be backend.Backend, password string, opts Options) (*Repository, error) {
+	return OpenWith(ctx, be, func(context.Context) (string, error) { return password, nil }, opts)
+}
+
+// OpenWith is Open that asks for the password only if it needs one: not if
+// opts.Keys has a key for the repository.
+func OpenWith(ctx context.Context, be backend.Backend, password func(context.Context) (string, error), opts Options) (*Repository, error) {
 	opts, err := opts.withDefaults()
 	if err != nil {
 		return nil, err
@@ -120,8 +126,17 @@ func Open(ctx context.Context, be backend.Backend, password string, opts Options
 		return nil, fmt.Errorf("open repository at %s: %w", be.Location(), err)
 	}
 	r := &Repository{be: be, opts: opts, log: opts.Logger}
-	if r.key, err = findKey(ctx, be, password, r.log); err != nil {
+	if r.key, err = findKept(ctx, be, opts); err != nil {
 		return nil, fmt.Errorf("open repository at %s: %w", be.Location(), err)
+	}
+	if r.key == nil {
+		text, err := password(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if r.key, err = findKey(ctx, be, text, opts); err != nil {
+			return nil, fmt.Errorf("open repository at %s: %w", be.Location(), err)
+		}
 	}
 	plain, err := r.key.Open(nil, sealed)
 	if err != nil {

@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/dsync-backup/dsync-backup/repo/backend"
-	"github.com/dsync-backup/dsync-backup/repo/crypto"
 	"github.com/dsync-backup/dsync-backup/repo/index"
 	"github.com/dsync-backup/dsync-backup/repo/pack"
 )
@@ -97,7 +96,7 @@ const maxScratch = 3 << 20
 var errAborted = errors.New("the writer was aborted")
 
 // scratch is what one call of SaveBlob works with.
-type scratch struct{ compressed, sealed, plain []byte }
+type scratch struct{ compressed, other, sealed, plain []byte }
 
 // NewWriter starts a writer, whose uploads end with ctx. The caller holds a
 // lock and has loaded the index.
@@ -195,15 +194,11 @@ func (w *Writer) store(ctx context.Context, kind Kind, h BlobHandle, data []byte
 		}
 	}()
 	codec := w.repo.codec
-	var uncompressed int
-	s.sealed, s.compressed, uncompressed = codec.sealBlob(grow(s.sealed, len(data)+crypto.Overhead)[:0], s.compressed, h.Type, data)
+	uncompressed := codec.sealBlob(s, h.Type, data)
 	// Bad memory must show now and not when the blob is needed. The check
-	// hashes anew, so that it also notices data that changed under us. The copy
-	// is needed since opening overwrites.
+	// hashes anew, so that it also notices data that changed under us.
 	blob := pack.Blob{Handle: h, Length: uint32(len(s.sealed)), UncompressedLength: uint32(uncompressed)}
-	s.compressed = append(s.compressed[:0], s.sealed...)
-	s.plain = grow(s.plain, len(data))
-	if _, err := codec.openBlob(s.plain, blob, s.compressed); err != nil {
+	if err := codec.checkBlob(s, blob); err != nil {
 		return 0, fmt.Errorf("check %s before storing it (bad memory, or it was changed meanwhile): %w", h, err)
 	}
 	if err := w.packers[kind].add(ctx, h, s.sealed, uncompressed); err != nil {

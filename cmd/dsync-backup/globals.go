@@ -18,6 +18,7 @@ import (
 	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/repo/backend/limit"
 	"github.com/dsync-backup/dsync-backup/repo/backend/location"
+	"github.com/dsync-backup/dsync-backup/repo/keyring"
 	"github.com/dsync-backup/dsync-backup/snapshot/freeze"
 )
 
@@ -44,6 +45,7 @@ type globals struct {
 	caCert          string
 	tlsClientCert   string
 	retryBudget     time.Duration
+	keyring         string
 	extended        []string
 
 	closers []func() error
@@ -54,6 +56,7 @@ func (g *globals) register(f *pflag.FlagSet) {
 	f.StringVar(&g.repoFile, "repository-file", os.Getenv("RESTIC_REPOSITORY_FILE"), "`file` to read the repository's location from (default: $RESTIC_REPOSITORY_FILE)")
 	f.StringVarP(&g.passwordFile, "password-file", "p", os.Getenv("RESTIC_PASSWORD_FILE"), "`file` to read the repository's password from (default: $RESTIC_PASSWORD_FILE)")
 	f.StringVar(&g.passwordCommand, "password-command", os.Getenv("RESTIC_PASSWORD_COMMAND"), "shell `command` that prints the password (default: $RESTIC_PASSWORD_COMMAND)")
+	f.StringVar(&g.keyring, "keyring", os.Getenv("DSYNC_KEYRING"), "keep what is derived from the password in the kernel's keyring for this `duration`, such as 1h: until then the repository opens for this user without the password (default: $DSYNC_KEYRING, else not)")
 	f.StringVar(&g.stateDir, "state-dir", envOr("DSYNC_STATE_DIR", "/var/lib/dsync-backup"), "`folder` of the epoch log (default: $DSYNC_STATE_DIR)")
 	f.StringVar(&g.cacheDir, "cache-dir", defaultCacheDir(), "`folder` of the local cache")
 	f.BoolVar(&g.noCache, "no-cache", false, "do without a local cache")
@@ -123,7 +126,26 @@ func (g *globals) options() (repo.Options, error) {
 	if g.noCache {
 		o.CacheDir = ""
 	}
+	if o.Keys, err = g.keys(); err != nil {
+		return repo.Options{}, err
+	}
 	return o, nil
+}
+
+// keys is where derived keys are kept, nil unless that is asked for.
+func (g *globals) keys() (repo.KeyStore, error) {
+	if g.keyring == "" || g.keyring == "0" {
+		return nil, nil
+	}
+	kept, err := time.ParseDuration(g.keyring)
+	if err != nil {
+		return nil, fmt.Errorf("--keyring: %w", err)
+	}
+	k, err := keyring.New(kept)
+	if err != nil {
+		return nil, fmt.Errorf("--keyring: %w", err)
+	}
+	return k, nil
 }
 
 // location is where the repository is.
@@ -147,15 +169,11 @@ func (g *globals) open(ctx context.Context) (*repo.Repository, error) {
 	if err != nil {
 		return nil, err
 	}
-	password, err := g.password(ctx, false)
-	if err != nil {
-		return nil, err
-	}
 	o, err := g.options()
 	if err != nil {
 		return nil, err
 	}
-	r, err := repo.Open(ctx, be, password, o)
+	r, err := repo.OpenWith(ctx, be, func(ctx context.Context) (string, error) { return g.password(ctx, false) }, o)
 	if err != nil {
 		return nil, err
 	}

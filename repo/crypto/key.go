@@ -17,6 +17,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	// The package is deprecated for new designs; this format is an old one.
 	"golang.org/x/crypto/poly1305" //nolint:staticcheck // SA1019: the repository format prescribes Poly1305-AES
@@ -87,9 +88,9 @@ func (k *Key) Seal(dst, plaintext []byte) []byte {
 
 func (k *Key) sealWith(dst []byte, start int, plaintext []byte) []byte {
 	body := start + ivSize
-	dst = append(dst, plaintext...)
+	dst = slices.Grow(dst, len(plaintext)+macSize)[:body+len(plaintext)]
 	iv, text := dst[start:body], dst[body:]
-	cipher.NewCTR(k.block, iv).XORKeyStream(text, text)
+	cipher.NewCTR(k.block, iv).XORKeyStream(text, plaintext)
 	var mac [macSize]byte
 	key := k.oneTimeKey(iv)
 	poly1305.Sum(&mac, text, &key)
@@ -102,10 +103,9 @@ func (k *Key) Open(dst, sealed []byte) ([]byte, error) {
 	if err := k.verify(sealed); err != nil {
 		return nil, err
 	}
-	start := len(dst)
-	dst = append(dst, sealed[ivSize:len(sealed)-macSize]...)
-	text := dst[start:]
-	cipher.NewCTR(k.block, sealed[:ivSize]).XORKeyStream(text, text)
+	start, text := len(dst), sealed[ivSize:len(sealed)-macSize]
+	dst = slices.Grow(dst, len(text))[:start+len(text)]
+	cipher.NewCTR(k.block, sealed[:ivSize]).XORKeyStream(dst[start:], text)
 	return dst, nil
 }
 

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package repo
+
+import (
+	"fmt"
+	"math"
+	"runtime"
+	"sync"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+const (
+	// goodEnough is by how much the fastest level's frame may be larger than
+	// the default level's to be preferred. It costs a half to a fifth of the
+	// time.
+	goodEnough = 1.005
+	// likeTheLast is how far the share that is left of a blob may be from that
+	// of the blob on which both levels were tried, for what was found there to
+	// hold for it.
+	likeTheLast = 0.03
+	// trustAtMost is how many blobs the outcome of a trial holds for.
+	trustAtMost = 16
+)
+
+// compressor makes zstd frames. With CompressionAuto they are as small as those
+// of zstd's default level, to half a percent, which is what restic uses; but
+// where the fastest level compresses as well, as it does what has short repeats
+// or nothing to be found, that is used. Both are tried on some blobs, and on
+// those that turn out to compress differently from the last one tried.
+type compressor struct {
+	enc  *zstd.Encoder
+	fast *zstd.Encoder // nil: do not look for a cheaper way
+
+	mu     sync.Mutex
+	prefer bool    // fast was good enough the last time both were tried
+	share  float64 // of the blob that fast left then
+	trust  int     // how many more blobs that is taken to hold for
+	period int     // what trust began with
+}
+
+func newCompressor(mode Compression) (*compressor, error) {
+	level := zstd.SpeedDefault
+	switch mode {
+	case CompressionFastest:
+		level = zstd.SpeedFastest
+	case CompressionBetter:
+		level = zstd.SpeedBetterCompression
+	case CompressionMax:
+		level = zstd.SpeedBestCompression
+	}
+	encoder := func(level zstd.EncoderLevel) (*zstd.Encoder, error) {
+		// The MAC and the SHA-256 are checksum enough.
+		enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(level), zstd.WithEncoderCRC(false),
+			zstd.WithWindowSize(zstdWindow), zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)))
+		if err != nil {
+			return nil, fmt.Errorf("set up compression: %w", err)
+		}
+		return enc, nil
+	}
+	c := &compressor{}
+	var err error
+	if c.enc, err = encoder(level); err != nil {
+		return nil, err
+	}
+	if mode == CompressionAuto {
+		c.fast, err = encoder(zstd.SpeedFastest)
+	}
+	return c, err
+}
+
+// file appends a file's frame to dst.
+func (c *compressor) file(plain, dst []byte) []byte { return c.enc.EncodeAll(plain, dst) }
+
+// blob compresses a blob into a's memory, or b's, and gives both memories back,
+// the frame first.
+func (c *compressor) blob(plain, a, b []byte) (frame, other []byte) {
+	if c.fast == nil {
+		return c.enc.EncodeAll(plain, a[:0]), b
+	}
+	try, prefer, share := c.next()
+	if !try && !prefer {
+		return c.enc.EncodeAll(plain, a[:0]), b
+	}
+	a = c.fast.EncodeAll(plain, a[:0])
+	left := float64(len(a)) / float64(len(plain))
+	if !try && math.Abs(left-share) <= likeTheLast {
+		return a, b
+	}
+	b = c.enc.EncodeAll(plain, b[:0])
+	good := float64(len(a)) <= goodEnough*float64(len(b))
+	c.learn(good, left)
+	if good {
+		return a, b
+	}
+	return b, a
+}
+
+// next says whether to try both levels on a blob, and if not, what was learned.
+func (c *compressor) next() (try, prefer bool, share float64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.trust--
+	return c.trust < 0, c.prefer, c.share
+}
+
+// learn takes note of a trial. What is found again and again is trusted for
+// longer.
+func (c *compressor) learn(good bool, share float64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if good == c.prefer && c.period > 0 {
+		c.period = min(2*c.period, trustAtMost)
+	} else {
+		c.period = 1
+	}
+	c.prefer, c.share, c.trust = good, share, c.period
+}

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package repo
+
+import (
+	"bytes"
+	"encoding/binary"
+	"math/rand/v2"
+	"os"
+	"testing"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+// kinds of content: random bytes, words in random bytes, sorted numbers, and
+// this program itself.
+func contentKinds(t *testing.T) map[string][]byte {
+	t.Helper()
+	const size = 6 << 20
+	r := rand.New(rand.NewPCG(4, 2))
+	random := make([]byte, size)
+	for i := 0; i < size; i += 8 {
+		binary.LittleEndian.PutUint64(random[i:], r.Uint64())
+	}
+	words := bytes.Clone(random)
+	for i := 0; i+64 <= size; i += 64 {
+		copy(words[i:], random[r.IntN(24)*36:][:36])
+	}
+	numbers := make([]byte, size)
+	for i, n := 0, uint64(0); i < size; i += 8 {
+		n += r.Uint64N(1000)
+		binary.LittleEndian.PutUint64(numbers[i:], n)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.ReadFile(self)
+	program = bytes.Repeat(program, size/max(1, len(program))+1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mixed := make([]byte, 0, 4*size)
+	for i := 0; i < size; i += 1 << 20 {
+		for _, k := range [][]byte{random, words, numbers, program[:min(size, len(program)>>20<<20)]} {
+			if i < len(k) {
+				mixed = append(mixed, k[i:min(len(k), i+1<<20)]...)
+			}
+		}
+	}
+	return map[string][]byte{"random": random, "words": words, "numbers": numbers, "program": program[:size], "mixed": mixed}
+}
+
+// What restic's default level would store is what CompressionAuto may exceed
+// by a percent at most, whatever the data and however they alternate.
+func TestAutoIsAsSmallAsTheDefaultLevel(t *testing.T) {
+	for name, data := range contentKinds(t) {
+		t.Run(name, func(t *testing.T) {
+			c, err := newCompressor(CompressionAuto)
+			if err != nil {
+				t.Fatal(err)
+			}
+			dec, err := zstd.NewReader(nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer dec.Close()
+			var a, b []byte
+			got, want := 0, 0
+			for i := 0; i < len(data); i += 1 << 20 {
+				plain := data[i:min(len(data), i+1<<20)]
+				a, b = c.blob(plain, a, b)
+				got += len(a)
+				want += len(c.enc.EncodeAll(plain, nil))
+				if again, err := dec.DecodeAll(a, nil); err != nil || !bytes.Equal(again, plain) {
+					t.Fatalf("blob at %d does not decode: %v", i, err)
+				}
+			}
+			t.Logf("%d bytes: %d, the default level %d", len(data), got, want)
+			if float64(got) > 1.01*float64(want) {
+				t.Errorf("%d bytes, the default level makes %d", got, want)
+			}
+		})
+	}
+}
+
+func TestAutoUsesTheFastestLevelWhereThatLosesNothing(t *testing.T) {
+	c, err := newCompressor(CompressionAuto)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := contentKinds(t)["words"]
+	var a, b []byte
+	fast := 0
+	for i := range 4 * len(data) >> 20 {
+		plain := data[i<<20%len(data):][:1<<20]
+		a, b = c.blob(plain, a, b)
+		if bytes.Equal(a, c.fast.EncodeAll(plain, nil)) {
+			fast++
+		}
+	}
+	if all := 4 * len(data) >> 20; fast < all-1 {
+		t.Errorf("%d of %d blobs", fast, all)
+	}
+	if !c.prefer || c.period < 8 {
+		t.Errorf("what was found again and again is not trusted: %d", c.period)
+	}
+}
+
+func TestOtherModesUseTheirLevelAlone(t *testing.T) {
+	data := contentKinds(t)["words"][:1<<20]
+	sizes := map[Compression]int{}
+	for _, mode := range []Compression{CompressionFastest, CompressionBetter, CompressionMax} {
+		c, err := newCompressor(mode)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.fast != nil {
+			t.Errorf("%s looks for a cheaper way", mode)
+		}
+		frame, _ := c.blob(data, nil, nil)
+		sizes[mode] = len(frame)
+	}
+	if sizes[CompressionMax] > sizes[CompressionFastest] {
+		t.Errorf("%v", sizes)
+	}
+}
