@@ -28,6 +28,7 @@ test: ## as root: install what the tests need, then run them all (SOAK=1: the lo
 	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
 	$(GO) vet ./...
 	$(GO) test -timeout 50m -p 1 $$($(GO) list ./... | grep -v '/systemtest/vm$$')
+	cd bench && $(GO) vet ./... && $(GO) test -p 1 ./...
 
 test-vm: ## the tests that need a kernel of their own, under QEMU (RUN=TestBoot/6.12: only that)
 	@tools/install test
@@ -36,7 +37,7 @@ test-vm: ## the tests that need a kernel of their own, under QEMU (RUN=TestBoot/
 
 lint: $(BUILD)/golangci-lint $(BUILD)/gofumpt ## run the linters
 	$(BUILD)/golangci-lint run ./...
-	@test -z "$$($(BUILD)/gofumpt -l cmd kernel repo restore snapshot systemtest)"
+	@test -z "$$($(BUILD)/gofumpt -l bench cmd kernel repo restore snapshot systemtest)"
 
 generate: ## rebuild the eBPF objects (needs clang)
 	$(GO) generate ./...
@@ -52,8 +53,14 @@ install-dkms: ## as root: install the kernel module through DKMS, for this and l
 	install -m 644 kernel/module/Kbuild kernel/module/dkms.conf kernel/module/*.c $(DKMS_SRC)/
 	dkms install --force dm-dsync/1.0.0
 
-bench: ## memory and throughput of backup and restore (minutes; needs root)
-	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./snapshot/... ./restore/... ./kernel/bpf ./systemtest
+bench: ## as root: compare with other tools, write docs/benchmarks (QUICK=1: minutes; ONLY=sync,full SIZES=8)
+	@tools/install bench
+	@$(MAKE) --no-print-directory build $(BUILD)/restic-0.18 $(BUILD)/minio $(BUILD)/bench
+	@test -n "$(NO_KOPIA)" || $(MAKE) --no-print-directory $(BUILD)/kopia
+	$(BUILD)/bench $(if $(QUICK),-quick) $(if $(ONLY),-only $(ONLY)) $(if $(SIZES),-sizes $(SIZES)) $(BENCHFLAGS)
+
+microbench: ## memory and throughput of single parts (minutes; needs root)
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 60m ./snapshot/... ./restore/... ./repo/... ./kernel/bpf ./systemtest
 
 clean: ## remove what was built
 	rm -rf $(BUILD) dsync-backup
@@ -64,10 +71,16 @@ $(BUILD)/restic-0.18: tools/restic/go.mod
 $(BUILD)/minio: tools/minio/go.mod
 	cd tools/minio && $(GO) build -o ../../$@ github.com/minio/minio
 
+$(BUILD)/kopia: tools/kopia/go.mod
+	cd tools/kopia && $(GO) build -o ../../$@ github.com/kopia/kopia
+
+$(BUILD)/bench: $(wildcard bench/*.go bench/*/*.go) bench/go.mod
+	cd bench && $(GO) build -o ../$@ .
+
 $(BUILD)/golangci-lint: tools/lint/go.mod
 	cd tools/lint && $(GO) build -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 
 $(BUILD)/gofumpt: tools/lint/go.mod
 	cd tools/lint && $(GO) build -o ../../$@ mvdan.cc/gofumpt
 
-.PHONY: help build demo test test-vm lint generate kmod install-dkms bench clean
+.PHONY: help build demo test test-vm lint generate kmod install-dkms bench microbench clean
