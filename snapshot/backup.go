@@ -26,6 +26,12 @@ type History interface {
 	Since(ctx context.Context, pos kernel.Position) (*kernel.Bitmap, error)
 	Peek(ctx context.Context) (*kernel.Bitmap, error)
 	Invalidate(ctx context.Context, reason string) error
+	// Reverted wraps [epochlog.ErrReverted] if pos is of this history's UUID and
+	// cannot be a position of it.
+	Reverted(ctx context.Context, pos kernel.Position) error
+	// Restart ends the history, which the reason says cannot be trusted, and
+	// begins another.
+	Restart(ctx context.Context, reason string) error
 	// Size is that of the device which is tracked, in bytes.
 	Size() int64
 	Unlock() error
@@ -123,6 +129,9 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 	}
 	var err error
 	if b.cands, err = candidates(ctx, b.store, o.Name, b.Warn); err != nil {
+		return nil, err
+	}
+	if err := b.leaveReverted(ctx); err != nil {
 		return nil, err
 	}
 	b.w = r.NewWriter(ctx, repo.WriterOptions{})

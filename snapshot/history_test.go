@@ -41,7 +41,9 @@ func (c *claims) Since(context.Context, kernel.Position) (*kernel.Bitmap, error)
 func (c *claims) Peek(context.Context) (*kernel.Bitmap, error) {
 	return kernel.NewBitmap(kernel.BlocksOf(c.size)), nil
 }
-func (c *claims) Invalidate(context.Context, string) error { return nil }
+func (c *claims) Invalidate(context.Context, string) error        { return nil }
+func (c *claims) Reverted(context.Context, kernel.Position) error { return nil }
+func (c *claims) Restart(context.Context, string) error           { c.uuid = kernel.NewUUID(); return nil }
 
 func (c *claims) Size() int64                  { return c.size }
 func (c *claims) Commit(context.Context) error { return nil }

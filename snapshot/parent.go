@@ -9,6 +9,7 @@ import (
 	"sort"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
+	"github.com/dsync-backup/dsync-backup/kernel/epochlog"
 	"github.com/dsync-backup/dsync-backup/repo"
 )
 
@@ -49,6 +50,34 @@ func candidates(ctx context.Context, from Store, name string, warn func(error)) 
 	}
 	sort.Slice(out, func(i, j int) bool { return out[i].sn.Time.After(out[j].sn.Time) })
 	return out, nil
+}
+
+// leaveReverted begins a new history if a snapshot has a position of the running one
+// that the log knows to be none: the machine, or its state directory, was reverted
+// to an older state. What was written in the epochs that were lost may still be on
+// the device, so that no older position can be trusted either.
+func (b *backup) leaveReverted(ctx context.Context) error {
+	if b.History == nil {
+		return nil
+	}
+	for _, c := range b.cands {
+		if c.Manifest.Position == nil {
+			continue
+		}
+		err := b.History.Reverted(ctx, *c.Manifest.Position)
+		if err == nil {
+			continue
+		}
+		if !errors.Is(err, epochlog.ErrReverted) {
+			return err
+		}
+		b.Broken = fmt.Sprintf("snapshot %s: %v", c.Snapshot.Str(), err)
+		if err := b.History.Restart(ctx, b.Broken); err != nil {
+			return fmt.Errorf("%s; and tracking cannot be begun anew: %w", b.Broken, err)
+		}
+		return nil
+	}
+	return nil
 }
 
 // bridge picks the candidate with the highest position of this tracker that

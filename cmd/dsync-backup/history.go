@@ -20,7 +20,8 @@ import (
 // history is a tracker with its epoch log.
 type history struct {
 	*epochlog.Session
-	tracker trackers.Tracker
+	tracker  trackers.Tracker
+	stateDir string
 }
 
 // Status implements snapshot.History.
@@ -32,6 +33,24 @@ func (h *history) Peek(ctx context.Context) (*kernel.Bitmap, error) { return h.t
 // Invalidate implements snapshot.History.
 func (h *history) Invalidate(ctx context.Context, reason string) error {
 	return h.tracker.Invalidate(ctx, reason)
+}
+
+// Restart implements snapshot.History.
+func (h *history) Restart(ctx context.Context, reason string) error {
+	path := h.tracker.Device()
+	if err := errors.Join(h.Unlock(), h.tracker.Invalidate(ctx, reason)); err != nil {
+		return err
+	}
+	t, err := trackers.Renew(ctx, h.tracker, path)
+	if err != nil {
+		return err
+	}
+	s, err := epochlog.Open(ctx, t, h.stateDir)
+	if err != nil {
+		return errors.Join(err, t.Close())
+	}
+	h.Session, h.tracker = s, t
+	return s.Unlock()
 }
 
 // hold records that a repository has a snapshot, so that the log keeps what its
@@ -112,7 +131,7 @@ func openHistory(ctx context.Context, g *globals, d *device.Device) (*history, s
 	if err != nil {
 		return nil, "", errors.Join(err, t.Close())
 	}
-	return &history{s, t}, reason, s.Unlock()
+	return &history{s, t, g.stateDir}, reason, s.Unlock()
 }
 
 // checkBeneath refuses the device beneath a tracked mapped device: what is

@@ -27,6 +27,9 @@ func (t *Tracker) usable(ctx context.Context) (state, error) {
 	if s.Step == stepStarting || s.Step == stepStopping {
 		return state{}, fmt.Errorf("use tracker of %s: %w", t.Device(), kernel.ErrNotTracked)
 	}
+	if s.UUID != t.uuid {
+		return state{}, fmt.Errorf("use tracker %s of %s: another history (%s) has its place: %w", t.uuid, t.Device(), s.UUID, kernel.ErrNotTracked)
+	}
 	return s, nil
 }
 

@@ -29,6 +29,10 @@ func (t *Tracker) Status(ctx context.Context) (kernel.Status, error) {
 	if err != nil {
 		return kernel.Status{}, err
 	}
+	if s.UUID != t.uuid {
+		st.Reason = "another history has its place"
+		return st, nil
+	}
 	st.Epoch = s.Epoch
 	b := kernel.NewBitmap(t.target.blocks())
 	if err := errors.Join(t.add(b, 0), t.add(b, 1)); err != nil {

@@ -157,13 +157,68 @@ func (t *Tracker) Stop(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := t.ours(info); err != nil {
+		return err
+	}
+	return t.remove(ctx, r)
+}
+
+// StopQuiet is Stop, and makes sure that nothing was written in the running
+// epoch: why says so if something was, or may have been.
+func (t *Tracker) StopQuiet(ctx context.Context) (why string, err error) {
+	unlock, err := lockAll(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	r, err := t.look(ctx)
+	if err != nil {
+		return "", err
+	}
+	info, err := devmapper.Stat(r.name)
+	if err != nil {
+		return "", err
+	}
+	if err := t.ours(info); err != nil {
+		return "", err
+	}
+	// Whoever has it open can write until it is gone. While it is suspended
+	// nothing reaches the device beneath, and one that has it open is in the
+	// way of the removal.
+	if err := devmapper.Suspend(ctx, r.name, devmapper.SuspendOptions{SkipLockFS: true}); err != nil {
+		return "", err
+	}
+	resume := func() error {
+		return devmapper.Resume(context.WithoutCancel(ctx), r.name, devmapper.ResumeOptions{NoNode: true})
+	}
+	if r, err = t.look(ctx); err == nil {
+		why, err = t.inspect(ctx, r)
+	}
+	if err != nil {
+		return "", errors.Join(err, resume())
+	}
+	if why == "" && (r.dirty > 0 || r.pending) {
+		why = fmt.Sprintf("%d blocks were written while tracking was stopped", r.dirty)
+	}
+	if err := t.remove(ctx, r); err != nil {
+		return "", errors.Join(err, resume())
+	}
+	return why, nil
+}
+
+// ours refuses a device that Start did not make.
+func (t *Tracker) ours(info devmapper.Info) error {
 	if info.Dev != t.dev {
 		return fmt.Errorf("stop tracking %s: it is another device by now", t.Device())
 	}
 	if !strings.HasPrefix(info.UUID, uuidPrefix) {
 		return fmt.Errorf("stop tracking %s: it was not made by `track start`: remove it with dmsetup", t.Device())
 	}
-	err = devmapper.Remove(ctx, r.name, devmapper.RemoveOptions{})
+	return nil
+}
+
+func (t *Tracker) remove(ctx context.Context, r record) error {
+	err := devmapper.Remove(ctx, r.name, devmapper.RemoveOptions{})
 	if errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("stop tracking %s: it is %w: unmount it and stop what uses it first", t.Device(), ErrInUse)
 	}

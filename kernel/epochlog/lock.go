@@ -22,6 +22,16 @@ const lockDir = "/run/dsync-backup"
 
 const lockPoll = 20 * time.Millisecond
 
+// Lock waits for a tracker's lock until ctx is done. A [Session] has it while it
+// is not unlocked; this is for whoever gives a tracker its UUID.
+func Lock(ctx context.Context, u kernel.UUID) (unlock func(), err error) {
+	f, err := lockTracker(ctx, u)
+	if err != nil {
+		return nil, err
+	}
+	return func() { _ = f.Close() }, nil
+}
+
 // lockTracker waits for a tracker's lock, which ends with the descriptor.
 func lockTracker(ctx context.Context, u kernel.UUID) (*os.File, error) {
 	if err := os.MkdirAll(lockDir, 0o700); err != nil {

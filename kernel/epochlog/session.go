@@ -15,6 +15,11 @@ import (
 // that wraps it gives the reason in one line.
 var ErrBroken = errors.New("the position cannot be bridged")
 
+// ErrReverted says that a position is of the tracker's history and not in it: it
+// was reached in a time that this machine has left by being reverted to an
+// older state. What was written then may be on the device, and is marked nowhere.
+var ErrReverted = errors.New("the machine was reverted to an older state")
+
 // errUnlocked is a caller's mistake.
 var errUnlocked = errors.New("the tracker's lock is not held")
 
@@ -162,12 +167,9 @@ func (s *Session) Since(ctx context.Context, pos kernel.Position) (*kernel.Bitma
 	if !st.Reliable {
 		return nil, broken("the tracker is not reliable: %s", st.Reason)
 	}
-	last := st.Epoch - 1
-	if s.last != nil {
-		last = s.last.Epoch
-	}
+	last := s.newest(st)
 	if pos.Epoch > last {
-		return nil, broken("epoch %d has not ended yet (%d is the last that has): the machine was reverted to an older state", pos.Epoch, last)
+		return nil, broken("epoch %d has not ended yet (%d is the last that has): %w", pos.Epoch, last, ErrReverted)
 	}
 	blocks, err := s.verify(pos)
 	if err != nil {
@@ -180,6 +182,39 @@ func (s *Session) Since(ctx context.Context, pos kernel.Position) (*kernel.Bitma
 		}
 	}
 	return union, nil
+}
+
+// newest is the last epoch that counts as ended.
+func (s *Session) newest(st kernel.Status) uint64 {
+	if s.last != nil {
+		return s.last.Epoch
+	}
+	return st.Epoch - 1
+}
+
+// Reverted is an [ErrReverted] if pos cannot be a position of this history,
+// although it bears its UUID: its epoch has not ended, or ended with another
+// nonce. That the log no longer has it proves nothing. It needs no lock; pos
+// was read before Rotate, since another process may end epochs meanwhile.
+func (s *Session) Reverted(ctx context.Context, pos kernel.Position) error {
+	if pos.Tracker != s.uuid {
+		return nil
+	}
+	st, err := s.tracker.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if last := s.newest(st); st.UUID == s.uuid && pos.Epoch > last {
+		return fmt.Errorf("epoch %d has not ended yet (%d is the last that has): %w", pos.Epoch, last, ErrReverted)
+	}
+	have, ok := s.log.position(pos.Epoch)
+	if s.rotated != nil && s.rotated.Position.Epoch == pos.Epoch {
+		have, ok = s.rotated.Position, true
+	}
+	if ok && have.Tracker == s.uuid && have.Epoch == pos.Epoch && have.Nonce != pos.Nonce {
+		return fmt.Errorf("epoch %d has the nonce %s, not %s: %w", pos.Epoch, have.Nonce, pos.Nonce, ErrReverted)
+	}
+	return nil
 }
 
 // verify makes sure that pos is a position of this history, and tells how many
@@ -196,7 +231,7 @@ func (s *Session) verify(pos kernel.Position) (blocks int64, err error) {
 		have, blocks = e.position, e.blocks
 	}
 	if have != pos {
-		return 0, broken("epoch %d has the nonce %s, not %s: the machine was reverted to an older state", pos.Epoch, have.Nonce, pos.Nonce)
+		return 0, broken("epoch %d has the nonce %s, not %s: %w", pos.Epoch, have.Nonce, pos.Nonce, ErrReverted)
 	}
 	return blocks, nil
 }

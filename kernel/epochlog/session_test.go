@@ -353,6 +353,22 @@ func TestKernelReplacesAFutureThatNeverWas(t *testing.T) {
 	s := d.open(t, dir)
 	wantSince(t, s, first, 5)
 	wantBroken(t, s, never, "reverted")
+	if err := s.Reverted(t.Context(), never); !errors.Is(err, ErrReverted) {
+		t.Errorf("another nonce: %v", err)
+	}
+	future := kernel.Position{Tracker: first.Tracker, Epoch: 3, Nonce: first.Nonce}
+	if err := s.Reverted(t.Context(), future); !errors.Is(err, ErrReverted) {
+		t.Errorf("an epoch that has not ended: %v", err)
+	}
+	// What is no longer in the log, and what is another tracker's, proves nothing.
+	foreign := future
+	foreign.Tracker = kernel.NewUUID()
+	remove(t, logOf(dir, first.Tracker).path(1))
+	for _, p := range []kernel.Position{first, foreign} {
+		if err := s.Reverted(t.Context(), p); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // TestRotateWritesNothing rotates with the state directory on a frozen file

@@ -9,66 +9,152 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dsync-backup/dsync-backup/kernel"
 )
 
-// Find looks for the saved state of a device that is being started, by what is
-// on it: names change from boot to boot. The new tracker watches the device
-// already, so that no write falls between, and the caller holds the device. The
-// state must be [Consume]d before it is trusted. Without one, the error wraps
-// [ErrNotSaved] and says why; a state that was the device's and cannot be used
-// is removed, since it never can be again.
-func Find(ctx context.Context, stateDir string, src Source, size int64, id Identity) (Saved, error) {
+// Withdrawn are the saved states that may be those of a device which is about to
+// be tracked, out of the state directory: nobody finds them any more, and whatever
+// ends the caller, nothing brings them back.
+type Withdrawn struct {
+	stateDir string
+	saved    []withdrawn
+	others   []withdrawn // which have the same parts, and another identity
+	why      error       // why another one, which may have been the device's, is none
+}
+
+type withdrawn struct {
+	Saved
+	name string // of the file by now
+}
+
+// Withdraw looks for the saved states of a device, by what is on it: names change
+// from boot to boot. It comes before the new tracker is attached. If it came later,
+// one that was attached by a start which was killed would see writes that an
+// older state knows nothing of, and that state could still be found once
+// the tracker is gone. One of Use, Drop or PutBack must follow;
+// after Use, PutBack.
+func Withdraw(ctx context.Context, stateDir string, src Source, size int64, id Identity) (*Withdrawn, error) {
 	found, err := similar(ctx, stateDir, src, size, id)
 	if err != nil {
-		return Saved{}, err
+		return nil, err
 	}
+	w := &Withdrawn{stateDir: stateDir, why: found.why}
+	for i, list := range [][]Saved{found.saved, found.others} {
+		for _, s := range list {
+			name, err := w.take(s)
+			switch {
+			case errors.Is(err, os.ErrNotExist):
+				w.why = errors.New("another process has taken its state meanwhile")
+			case errors.Is(err, errOther):
+				w.why = err
+			case err != nil:
+				return nil, errors.Join(fmt.Errorf("withdraw saved tracking: %w", err), w.PutBack())
+			case i == 0:
+				w.saved = append(w.saved, withdrawn{s, name})
+			default:
+				w.others = append(w.others, withdrawn{s, name})
+			}
+		}
+	}
+	return w, nil
+}
+
+// take renames a state's file, durably. Of several callers one succeeds.
+func (w *Withdrawn) take(s Saved) (name string, err error) {
+	dir := folder(w.stateDir, s.Last.Tracker)
+	name = tempPrefix + "used-" + kernel.NewNonce().String()
+	if err := os.Rename(filepath.Join(dir, fileName), filepath.Join(dir, name)); err != nil {
+		return "", err
+	}
+	have, err := read(dir, name)
+	if err != nil || have.Nonce != s.Nonce {
+		// What is not understood is not used again.
+		return "", errors.Join(errOther, err, os.Remove(filepath.Join(dir, name)), syncDir(dir))
+	}
+	return name, syncDir(dir)
+}
+
+var errOther = errors.New("another state was saved meanwhile")
+
+// Match compares the device with the states that were withdrawn. The new tracker
+// watches the device by now, so that no write falls between, and the caller holds
+// it. Without a state that fits, the error wraps [ErrNotSaved] and says why.
+func (w *Withdrawn) Match(ctx context.Context, src Source, size int64) (Saved, error) {
 	var fits []Saved
-	why := found.why
-	for _, s := range found.saved {
+	why := w.why
+	for _, s := range w.saved {
 		now, err := Take(ctx, src, size, s.Fingerprint.Key)
 		if err != nil {
 			return Saved{}, err
 		}
 		if err := s.Fingerprint.Compare(now); err != nil {
-			if err := remove(stateDir, s.Last.Tracker); err != nil {
-				return Saved{}, err
-			}
 			why = err
 			continue
 		}
-		fits = append(fits, s)
+		fits = append(fits, s.Saved)
 	}
 	switch {
 	case len(fits) == 1:
 		return fits[0], nil
 	case len(fits) > 1:
-		for _, s := range fits {
-			if err := remove(stateDir, s.Last.Tracker); err != nil {
-				return Saved{}, err
-			}
-		}
 		why = fmt.Errorf("both %s and %s fit", fits[0].Last.Tracker, fits[1].Last.Tracker)
 	case why == nil:
-		why = errors.New("no state of this device was saved")
+		why = errNoneSaved
 	}
 	return Saved{}, fmt.Errorf("%w: %w", ErrNotSaved, why)
 }
 
-// Discard removes every saved state that could be the device's. Whoever starts a
-// new history calls it before the first write: otherwise an older state could
-// fit again once that history has ended.
+var errNoneSaved = errors.New("no state of this device was saved")
+
+// None reports that there was nothing that could have been the device's.
+func (w *Withdrawn) None() bool { return len(w.saved) == 0 && w.why == nil }
+
+// Use uses up the state that Match gave, and what else could have been the
+// device's: it is gone when Use returns.
+func (w *Withdrawn) Use() error { return w.each(&w.saved, removeFile) }
+
+// Drop removes all of them: a new history begins, and no older one may fit again
+// when it has ended.
+func (w *Withdrawn) Drop() error {
+	return errors.Join(w.each(&w.saved, removeFile), w.each(&w.others, removeFile))
+}
+
+// PutBack undoes Withdraw, but for what was used: no tracker was attached, or
+// what is left is another device's.
+func (w *Withdrawn) PutBack() error {
+	return errors.Join(w.each(&w.saved, putBack), w.each(&w.others, putBack))
+}
+
+// each does it once to every file of a list.
+func (w *Withdrawn) each(list *[]withdrawn, do func(dir, name string) error) error {
+	var errs []error
+	all := *list
+	*list = nil
+	for _, s := range all {
+		dir := folder(w.stateDir, s.Last.Tracker)
+		if err := errors.Join(do(dir, s.name), syncDir(dir)); err != nil {
+			errs = append(errs, fmt.Errorf("use saved tracking: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func removeFile(dir, name string) error { return os.Remove(filepath.Join(dir, name)) }
+
+// putBack never takes the place of a state that was saved since.
+func putBack(dir, name string) error {
+	return unix.Renameat2(unix.AT_FDCWD, filepath.Join(dir, name), unix.AT_FDCWD, filepath.Join(dir, fileName), unix.RENAME_NOREPLACE)
+}
+
+// Discard removes every saved state that could be the device's.
 func Discard(ctx context.Context, stateDir string, src Source, size int64, id Identity) error {
-	found, err := similar(ctx, stateDir, src, size, id)
+	w, err := Withdraw(ctx, stateDir, src, size, id)
 	if err != nil {
 		return err
 	}
-	for _, s := range append(found.saved, found.others...) {
-		if err := remove(stateDir, s.Last.Tracker); err != nil {
-			return err
-		}
-	}
-	return nil
+	return w.Drop()
 }
 
 // candidates are the saved states that may be a device's.
@@ -127,13 +213,4 @@ func similar(ctx context.Context, stateDir string, src Source, size int64, id Id
 		c.saved = append(c.saved, s)
 	}
 	return c, nil
-}
-
-// remove takes a saved state away, durably. None is no error.
-func remove(stateDir string, u kernel.UUID) error {
-	dir := folder(stateDir, u)
-	if err := os.Remove(filepath.Join(dir, fileName)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove saved tracking: %w", err)
-	}
-	return syncDir(dir)
 }

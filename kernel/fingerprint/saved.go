@@ -201,27 +201,6 @@ func atEnd(dir string, last kernel.Position) error {
 	return nil
 }
 
-// Consume uses up a state that [Find] gave: it is gone, durably, when Consume
-// returns, and only then may the history go on. Of several callers one
-// succeeds. The caller holds the tracker's lock.
-func Consume(stateDir string, s Saved) error {
-	dir := folder(stateDir, s.Last.Tracker)
-	used := tempPrefix + "used-" + kernel.NewNonce().String()
-	if err := os.Rename(filepath.Join(dir, fileName), filepath.Join(dir, used)); err != nil {
-		return fmt.Errorf("use saved tracking: %w", err)
-	}
-	have, err := read(dir, used)
-	if err == nil && have.Nonce != s.Nonce {
-		err = errors.New("another state was saved meanwhile")
-	}
-	// Removed either way: what is not understood is not used again.
-	err = errors.Join(err, os.Remove(filepath.Join(dir, used)), syncDir(dir))
-	if err != nil {
-		return fmt.Errorf("use saved tracking: %w", err)
-	}
-	return nil
-}
-
 func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -75,11 +76,28 @@ func save(t *testing.T, stateDir string, m *memory, id Identity) Saved {
 	return s
 }
 
+func withdraw(t *testing.T, stateDir string, m *memory, id Identity) *Withdrawn {
+	t.Helper()
+	w, err := Withdraw(context.Background(), stateDir, m.source(), m.size(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// find withdraws and matches, and puts back what fits, so that it can be found again.
 func find(t *testing.T, stateDir string, m *memory, id Identity) (Saved, error) {
 	t.Helper()
-	s, err := Find(context.Background(), stateDir, m.source(), m.size(), id)
+	w := withdraw(t, stateDir, m, id)
+	s, err := w.Match(context.Background(), m.source(), m.size())
 	if err != nil && !errors.Is(err, ErrNotSaved) {
 		t.Fatal(err)
+	}
+	if err == nil {
+		return s, w.PutBack()
+	}
+	if e := w.Drop(); e != nil {
+		t.Fatal(e)
 	}
 	return s, err
 }
@@ -96,21 +114,25 @@ func TestSavedStateIsFoundAndUsedOnce(t *testing.T) {
 	if err != nil || got.Last != sa.Last || got.Device != "/dev/sdx" {
 		t.Fatalf("%v: %v", got, err)
 	}
-	var wins, losses sync.Map
+	var used atomic.Int64
 	var all sync.WaitGroup
-	for i := range 8 {
+	for range 8 {
 		all.Go(func() {
-			if err := Consume(dir, got); err == nil {
-				wins.Store(i, true)
-			} else {
-				losses.Store(i, err)
+			w, err := Withdraw(context.Background(), dir, a.source(), a.size(), Identity{"serial": "A"})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if _, err := w.Match(context.Background(), a.source(), a.size()); err == nil {
+				used.Add(1)
+			}
+			if err := w.Use(); err != nil {
+				t.Error(err)
 			}
 		})
 	}
 	all.Wait()
-	n := 0
-	wins.Range(func(any, any) bool { n++; return true })
-	if n != 1 {
+	if n := used.Load(); n != 1 {
 		t.Errorf("used %d times", n)
 	}
 	if _, err := find(t, dir, a, nil); err == nil || !strings.Contains(err.Error(), "no state of this device") {
@@ -119,6 +141,58 @@ func TestSavedStateIsFoundAndUsedOnce(t *testing.T) {
 	left, _ := filepath.Glob(filepath.Join(folder(dir, sa.Last.Tracker), tempPrefix+"*"))
 	if len(left) > 0 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// TestWhatWasWithdrawnIsGoneForWhoeverComesNext: whoever dies between Withdraw and
+// Use leaves nothing to be found.
+func TestWhatWasWithdrawnIsGoneForWhoeverComesNext(t *testing.T) {
+	dir, m := t.TempDir(), newMemory(7)
+	s := save(t, dir, m, nil)
+	w := withdraw(t, dir, m, nil)
+	if w.None() {
+		t.Fatal("nothing was withdrawn")
+	}
+	if again := withdraw(t, dir, m, nil); !again.None() {
+		t.Error("it is found after it was withdrawn")
+	}
+	if err := w.PutBack(); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := find(t, dir, m, nil); err != nil || got.Last != s.Last {
+		t.Errorf("after it was put back: %v", err)
+	}
+	// A state that was saved meanwhile is not overwritten.
+	w = withdraw(t, dir, m, nil)
+	if err := Save(dir, s); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.PutBack(); err == nil {
+		t.Error("put back in the place of another")
+	}
+}
+
+// TestAnotherDevicesStateComesBack: one with the same parts and another identity is
+// somebody else's if the device has its own, and gone if it has none.
+func TestAnotherDevicesStateComesBack(t *testing.T) {
+	dir, m := t.TempDir(), newMemory(8)
+	save(t, dir, m, Identity{"serial": "A"})
+	sb := save(t, dir, m, Identity{"serial": "B"})
+	w := withdraw(t, dir, m, Identity{"serial": "A"})
+	if _, err := w.Match(context.Background(), m.source(), m.size()); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(w.Use(), w.PutBack()); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := find(t, dir, m, Identity{"serial": "B"}); err != nil || got.Last != sb.Last {
+		t.Errorf("the other's: %v", err)
+	}
+	if err := withdraw(t, dir, m, Identity{"serial": "C"}).Drop(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := find(t, dir, m, Identity{"serial": "B"}); err == nil {
+		t.Error("an older state was left")
 	}
 }
 
@@ -164,8 +238,7 @@ func TestSavedStateIsRefused(t *testing.T) {
 			dir, m := t.TempDir(), newMemory(3)
 			s := save(t, dir, m, Identity{"serial": "S", "wwid": ""})
 			file := filepath.Join(folder(dir, s.Last.Tracker), fileName)
-			got, err := find(t, dir, m, Identity{"wwid": "W"})
-			if err != nil {
+			if _, err := find(t, dir, m, Identity{"wwid": "W"}); err != nil {
 				t.Fatal(err)
 			}
 			if c.do != nil {
@@ -174,31 +247,10 @@ func TestSavedStateIsRefused(t *testing.T) {
 			if _, err := find(t, dir, m, c.id); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("found: %v, want %q", err, c.want)
 			}
-			if name == "another serial number" || name == "written to" || name == "two fit" {
-				return // Consume is not asked about those, or they are gone
-			}
-			if err := Consume(dir, got); err == nil {
-				t.Error("consumed")
-			}
-			if _, err := os.Stat(file); err == nil {
-				t.Error("it is still there")
+			if _, err := find(t, dir, m, c.id); err == nil {
+				t.Error("found later")
 			}
 		})
-	}
-}
-
-func TestConsumeWantsTheStateThatWasFound(t *testing.T) {
-	dir, m := t.TempDir(), newMemory(6)
-	s := save(t, dir, m, nil)
-	found, err := find(t, dir, m, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := Save(dir, s); err != nil { // another process, meanwhile
-		t.Fatal(err)
-	}
-	if err := Consume(dir, found); err == nil || !strings.Contains(err.Error(), "meanwhile") {
-		t.Errorf("%v", err)
 	}
 }
 

@@ -26,6 +26,13 @@ type Tracker interface {
 	Size() int64
 	// Stop ends the history. The tracker is closed, unless it fails.
 	Stop(ctx context.Context) error
+	// StopQuiet is Stop, and says why something may have been written to the
+	// device in the running epoch, or missed: "" if nothing was.
+	StopQuiet(ctx context.Context) (why string, err error)
+	// Continue takes up a saved history in place of this one, of which no epoch
+	// has ended: epoch is the one that runs now. The caller holds the locks of
+	// both (package epochlog).
+	Continue(ctx context.Context, uuid kernel.UUID, epoch uint64) error
 }
 
 var (
@@ -57,6 +64,8 @@ func Open(path string) (Tracker, error) {
 		return b, nil
 	case dmErr == nil:
 		return d, nil
+	case errors.Is(dmErr, kernel.ErrNotTracked) && errors.Is(bpfErr, kernel.ErrNotTracked):
+		return nil, bpfErr
 	case errors.Is(dmErr, kernel.ErrNotTracked) && bpf.Supported() != nil:
 		return nil, dmErr // what does not run here watches nothing
 	case errors.Is(dmErr, kernel.ErrNotTracked):
@@ -114,10 +123,8 @@ type Options struct {
 // Start begins a new history of a device. It fails if the device is tracked
 // already, or is of a kind that cannot be tracked.
 func Start(ctx context.Context, path string, o Options) (Tracker, error) {
-	old, err := Open(path)
-	if err == nil {
-		defer old.Close()
-		return nil, fmt.Errorf("track %s: it is tracked already, as %s (%s): run `track stop` first", path, old.Device(), old.UUID())
+	if err := CheckUntracked(path); err != nil {
+		return nil, err
 	}
 	switch o.Kind {
 	case BPF:
@@ -128,7 +135,7 @@ func Start(ctx context.Context, path string, o Options) (Tracker, error) {
 	default:
 		return nil, fmt.Errorf("tracker %q is not one of auto, dm, bpf", o.Kind)
 	}
-	err = dm.Supported()
+	err := dm.Supported()
 	if err == nil {
 		var t Tracker
 		if t, err = startDM(ctx, path, o); err == nil || !errors.Is(err, dm.ErrInUse) {
@@ -139,6 +146,16 @@ func Start(ctx context.Context, path string, o Options) (Tracker, error) {
 		o.Warn(fmt.Errorf("not tracked with the kernel module: %w", err))
 	}
 	return startBPF(ctx, path)
+}
+
+// CheckUntracked is an error if the device has a tracker.
+func CheckUntracked(path string) error {
+	old, err := Open(path)
+	if err != nil {
+		return nil //nolint:nilerr // there is none, or Start says why it cannot be asked
+	}
+	defer old.Close()
+	return fmt.Errorf("track %s: it is tracked already, as %s (%s): run `track stop` first", path, old.Device(), old.UUID())
 }
 
 // startDM and startBPF keep a nil pointer from becoming a Tracker that is not
