@@ -13,7 +13,7 @@ export GOTOOLCHAIN := auto
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build ./dsync-backup
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o dsync-backup ./cmd/dsync-backup
@@ -52,6 +52,11 @@ install-dkms: ## as root: install the kernel module through DKMS, for this and l
 	install -d $(DKMS_SRC)
 	install -m 644 kernel/module/Kbuild kernel/module/dkms.conf kernel/module/*.c $(DKMS_SRC)/
 	dkms install --force dm-dsync/1.0.0
+
+install-units: ## as root: install the systemd unit that tracks data volumes from boot to shutdown
+	install -d /etc/systemd/system
+	install -m 644 packaging/systemd/*.service /etc/systemd/system/
+	@echo "now: systemctl daemon-reload; docs/reboots.md says how it is enabled"
 
 bench: ## as root: compare with other tools, write docs/benchmarks (QUICK=1: minutes; ONLY=sync,full SIZES=8)
 	@tools/install bench

@@ -59,6 +59,8 @@ type history struct {
 
 func (h history) Rotate(ctx context.Context) (kernel.Epoch, error) { return h.Session.Rotate(ctx) }
 
+func (h history) Restart(_ context.Context, reason string) error { return errors.New(reason) }
+
 // backup makes a snapshot of what the device holds at the instant.
 func (w *watched) backup(at snapshot.Instant, precopy *snapshot.Precopy) (*snapshot.Summary, error) {
 	w.t.Helper()

@@ -121,7 +121,7 @@ func trackStart(ctx context.Context, g *globals, path string, o resume.Options) 
 	if st.Below != "" {
 		as = " as " + st.Device
 	}
-	fmt.Fprintf(g.stdout, "%s is tracked%s (%s, %s) until track stop or a reboot\n", path, as, st.Tracker, st.UUID)
+	fmt.Fprintf(g.stdout, "%s is tracked%s (%s, %s) until track stop, or the machine stops\n", path, as, st.Tracker, st.UUID)
 	if t.Resumed {
 		fmt.Fprintf(g.stdout, "its history goes on with epoch %d\n", st.Epoch)
 	}

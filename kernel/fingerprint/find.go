@@ -164,9 +164,9 @@ type candidates struct {
 	why    error   // why another one, which may have been the device's, is none
 }
 
-// similar finds the states of devices of the same size with the same parts, or,
-// of a device on which nothing can be told apart, just of the same size, unless
-// the identity says that it is another one.
+// similar finds the states of devices of the same size with the same parts, or with
+// an identity that agrees, or, of a device on which nothing can be told apart, just
+// of the same size, unless the identity says that it is another one.
 func similar(ctx context.Context, stateDir string, src Source, size int64, id Identity) (c candidates, err error) {
 	folders, err := os.ReadDir(filepath.Join(stateDir, "trackers"))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -200,10 +200,12 @@ func similar(ctx context.Context, stateDir string, src Source, size int64, id Id
 		now.Parts = append(now.Parts, p.Part)
 	}
 	for _, s := range all {
-		if d.reason == "" && !s.Fingerprint.resembles(now) {
+		field, another := s.Identity.contradicts(id)
+		known := !another && s.Identity.agrees(id)
+		if d.reason == "" && !known && !s.Fingerprint.resembles(now) {
 			continue
 		}
-		if field, yes := s.Identity.contradicts(id); yes {
+		if another {
 			c.why = fmt.Errorf("what was saved as %s has another %s", s.Device, field)
 			if d.reason == "" {
 				c.others = append(c.others, s)

@@ -47,6 +47,16 @@ func (id Identity) contradicts(other Identity) (field string, yes bool) {
 	return "", false
 }
 
+// agrees reports that some field has the same value in both.
+func (id Identity) agrees(other Identity) bool {
+	for k, v := range id {
+		if v != "" && other[k] == v {
+			return true
+		}
+	}
+	return false
+}
+
 // Saved is a tracker's history put away at a clean stop.
 type Saved struct {
 	Tracker     string          `json:"tracker"` // its kind: "bpf", "dm"

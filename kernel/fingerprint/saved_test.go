@@ -267,6 +267,27 @@ func TestMismatchRemovesTheState(t *testing.T) {
 	}
 }
 
+// TestAnIdentityIsEnoughToRemoveAState: a device that was known by its serial number
+// and has other parts now has no older state left when a new history began.
+func TestAnIdentityIsEnoughToRemoveAState(t *testing.T) {
+	dir, m := t.TempDir(), newMemory(9)
+	s := save(t, dir, m, Identity{"serial": "S", "wwid": "W"})
+	s.Fingerprint.Parts[0].Kind = "ext4"
+	if err := Save(dir, s); err != nil {
+		t.Fatal(err)
+	}
+	if w := withdraw(t, dir, m, Identity{"wwid": "V", "serial": "S"}); !w.None() && len(w.saved) > 0 {
+		t.Error("one with another WWID was taken for it")
+	}
+	w := withdraw(t, dir, m, Identity{"serial": "S"})
+	if len(w.saved) != 1 {
+		t.Fatal("it was not taken for what it is")
+	}
+	if _, err := w.Match(context.Background(), m.source(), m.size()); !errors.Is(err, ErrNotSaved) {
+		t.Error(err)
+	}
+}
+
 func TestSaveRefusesADoubt(t *testing.T) {
 	dir, m := t.TempDir(), newMemory(5)
 	p := logEpoch(t, dir, kernel.NewUUID(), 1)
