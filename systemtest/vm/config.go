@@ -34,6 +34,9 @@ type Config struct {
 	// memory file systems cannot do (O_DIRECT) or hold. It is made new at each boot.
 	Scratch int
 
+	// Monitor lets the scenario save the guest's memory and revert to it.
+	Monitor bool
+
 	// Cmdline is added to the kernel's command line.
 	Cmdline string
 	// Timeout is how long one command may take (3 minutes).

@@ -42,11 +42,13 @@ type state struct {
 
 // guest is one life of a machine, from boot to end.
 type guest struct {
-	qemu *exec.Cmd
-	conn *wire.Conn
-	log  string        // path of the kernel's log
-	dead chan struct{} // closed when QEMU is gone
-	said *strings.Builder
+	qemu    *exec.Cmd
+	conn    *wire.Conn
+	stream  *stream // beneath conn
+	monitor *monitor
+	log     string        // path of the kernel's log
+	dead    chan struct{} // closed when QEMU is gone
+	said    *strings.Builder
 
 	mu        sync.Mutex
 	last      uint32
@@ -131,7 +133,7 @@ func (m *Machine) Boot() {
 		m.t.Fatal("boot: the machine is on")
 	}
 	m.boots++
-	g, err := m.boot()
+	g, err := m.boot(nil)
 	if err != nil {
 		m.t.Fatalf("boot kernel %s: %v", m.kernel.Name, err)
 	}
@@ -148,7 +150,8 @@ func (m *Machine) Boot() {
 	}
 }
 
-func (m *Machine) boot() (*guest, error) {
+// boot starts QEMU, with the memory that was saved if there is any.
+func (m *Machine) boot(saved *Memory) (*guest, error) {
 	log := m.file(fmt.Sprintf("kernel-%d.log", m.boots))
 	// A socket's path may have 107 bytes, and a test's folder has more.
 	dir, err := os.MkdirTemp("", "vm")
@@ -166,8 +169,23 @@ func (m *Machine) boot() (*guest, error) {
 	if err != nil {
 		return nil, err
 	}
+	arguments := m.arguments(log, listener.Addr().String())
+	var listening *net.UnixListener
+	if m.config.Monitor {
+		socket := filepath.Join(dir, "monitor")
+		l, err := net.Listen("unix", socket)
+		if err != nil {
+			return nil, err
+		}
+		defer l.Close()
+		listening = l.(*net.UnixListener)
+		arguments = append(arguments, "-chardev", "socket,id=monitor,path="+socket, "-mon", "chardev=monitor,mode=control")
+	}
+	if saved != nil {
+		arguments = append(arguments, "-incoming", "exec:cat "+saved.file)
+	}
 	g := &guest{
-		qemu: exec.Command(qemu, m.arguments(log, listener.Addr().String())...),
+		qemu: exec.Command(qemu, arguments...),
 		log:  log, dead: make(chan struct{}), said: &strings.Builder{},
 		processes: map[uint32]*Process{}, tests: map[string]bool{},
 	}
@@ -191,14 +209,26 @@ func (m *Machine) boot() (*guest, error) {
 	if err := listener.(*net.UnixListener).SetDeadline(time.Now().Add(bootTime)); err != nil {
 		return fail(err)
 	}
-	stream, err := listener.Accept()
+	port, err := listener.Accept()
 	if err != nil {
 		return fail(fmt.Errorf("QEMU did not start: %w", err))
 	}
-	if err := stream.SetReadDeadline(time.Now().Add(bootTime)); err != nil {
+	if listening != nil {
+		if g.monitor, err = openMonitor(listening); err != nil {
+			return fail(err)
+		}
+	}
+	if saved != nil {
+		if err := g.goOn(saved, port); err != nil {
+			return fail(err)
+		}
+		return g, nil
+	}
+	if err := port.SetReadDeadline(time.Now().Add(bootTime)); err != nil {
 		return fail(err)
 	}
-	g.conn = wire.New(stream)
+	g.stream = &stream{conn: port}
+	g.conn = wire.New(g.stream)
 	ready, err := g.conn.Receive()
 	if err != nil {
 		return fail(fmt.Errorf("the agent does not answer: %w", err))
@@ -206,10 +236,10 @@ func (m *Machine) boot() (*guest, error) {
 	if got := string(ready.Data); ready.Kind != wire.Ready || got != m.kernel.Release {
 		return fail(fmt.Errorf("the guest runs %q", got))
 	}
-	if err := stream.SetReadDeadline(time.Time{}); err != nil {
+	if err := port.SetReadDeadline(time.Time{}); err != nil {
 		return fail(err)
 	}
-	go g.listen(stream)
+	go g.listen(port)
 	return g, nil
 }
 
