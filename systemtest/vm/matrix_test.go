@@ -323,8 +323,8 @@ func TestMatrixOfEvents(t *testing.T) {
 		kind, section string
 		events        []event
 	}{
-		{"bpf", "eBPF, in a virtual machine", append(append([]event(nil), afterBoot...), onlyBPF...)},
 		{"dm", "the kernel module, in a virtual machine", append(append([]event(nil), afterBoot...), onlyDM...)},
+		{"bpf", "eBPF, in a virtual machine", append(append([]event(nil), afterBoot...), onlyBPF...)},
 	} {
 		t.Run(c.kind, func(t *testing.T) {
 			Turn(t, i, func(t *testing.T, k Kernel) {
