@@ -17,7 +17,7 @@ import (
 // for many backups, then changes 1 % of it while nothing tracks it. The next backup
 // reads the device once, and adds what changed.
 func TestACompareStoresOnlyWhatChangedHoweverWornTheChainIs(t *testing.T) {
-	const size = 128 << 20
+	const size = 64 << 20
 	rng := random(t)
 	e, d := lightEnv(t), newDisk(t, size)
 	d.track(e)
@@ -39,11 +39,13 @@ func TestACompareStoresOnlyWhatChangedHoweverWornTheChainIs(t *testing.T) {
 	if s.BytesRead != size {
 		t.Errorf("read %d bytes of %d", s.BytesRead, size)
 	}
-	if most := int64(changed * kernel.BlockSize * 11 / 10); s.DirtyBytes != changed*kernel.BlockSize || s.DataAdded+s.CopiedForwardBytes > most {
-		t.Errorf("%d blocks changed: dirty %d bytes, added %d and %d copied forward, want at most %d", changed, s.DirtyBytes, s.DataAdded, s.CopiedForwardBytes, most)
+	// What is copied forward, to free worn blobs, is apart, and at most a quarter.
+	const dirty = changed * kernel.BlockSize
+	if s.DirtyBytes != dirty || s.DataAdded > dirty*11/10 || s.CopiedForwardBytes > dirty/4 {
+		t.Errorf("%d bytes changed: dirty %d, added %d, copied forward %d", dirty, s.DirtyBytes, s.DataAdded, s.CopiedForwardBytes)
 	}
 	e.sameAtRest(d)
-	e.check()
+	e.restic("0.18", "check", "--read-data")
 }
 
 // TestAnImageFileNeedsNoRoot backs up, compares, restores and verifies an image file as
