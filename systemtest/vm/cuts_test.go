@@ -14,11 +14,11 @@ import (
 // again, for as long as there is power.
 const cutScript = `
 while :; do
-  dd if=/dev/urandom of=$DEVICE bs=4k seek=$((6144 + RANDOM % 1900)) count=$((1 + RANDOM % 40)) conv=notrunc,fsync 2>/dev/null
+  dd if=/dev/urandom of=$DEVICE bs=4k seek=$((3072 + RANDOM % 900)) count=$((1 + RANDOM % 40)) conv=notrunc,fsync 2>/dev/null
   dsync-backup -q backup $DEVICE --name /dev/scene
   echo backup
   if [ $((RANDOM % 2)) = 0 ]; then
-    dd if=/dev/urandom of=$DEVICE bs=4k seek=$((6144 + RANDOM % 1900)) count=3 conv=notrunc,fsync 2>/dev/null
+    dd if=/dev/urandom of=$DEVICE bs=4k seek=$((3072 + RANDOM % 900)) count=3 conv=notrunc,fsync 2>/dev/null
     dsync-backup -q track stop --save $RAW && echo saved && dsync-backup -q track start $RAW $FLAGS && echo started
   fi
 done
