@@ -32,6 +32,7 @@ type flags struct {
 	only, sizes, tools, out    string
 	work, root, trace, version string
 	rounds                     int
+	size                       float64
 	onlyReport                 bool
 }
 
@@ -42,7 +43,8 @@ func main() {
 	var f flags
 	flag.BoolVar(&f.quick, "quick", false, "minutes instead of hours")
 	flag.StringVar(&f.only, "only", "", "run only these `experiments`, separated by commas, and keep what the CSV has of the others")
-	flag.StringVar(&f.sizes, "sizes", "", "`sizes` of the state in GiB, separated by commas")
+	flag.StringVar(&f.sizes, "sizes", "", "`sizes` of the state in the experiments sync and full, in GiB, separated by commas")
+	flag.Float64Var(&f.size, "size", 0, "size of the state in the other experiments, in `GiB`")
 	flag.StringVar(&f.tools, "tools", "", "compare only these `tools`, separated by semicolons")
 	flag.IntVar(&f.rounds, "rounds", 0, "`number` of rounds")
 	flag.StringVar(&f.out, "out", "docs/benchmarks", "`folder` for results.csv, README.md and charts")
@@ -104,14 +106,15 @@ func run(ctx context.Context, f flags) (err error) {
 		rows = slices.DeleteFunc(rows, func(r result.Row) bool {
 			return r.Experiment == e.Name && (f.sizes == "" || slices.Contains(scale.Sizes, r.Size) || e.Name != "sync")
 		})
-		if err := e.Run(ctx, b); err != nil {
-			return fmt.Errorf("%s: %w", e.Name, err)
-		}
+		failed := e.Run(ctx, b)
 		b.Log("%s took %.0f s", e.Name, time.Since(started).Seconds())
-		rows = append(slices.DeleteFunc(rows, func(r result.Row) bool { return r.Experiment == "about" }), about(ctx, b.Programs)...)
-		// After each, so that what ran so far is not lost with what fails.
+		rows = append(slices.DeleteFunc(rows, func(r result.Row) bool { return r.Experiment == "about" }), about(context.WithoutCancel(ctx), b.Programs)...)
+		// After each, so that what was measured so far is not lost with what fails.
 		if err := result.Save(file, rows); err != nil {
 			return err
+		}
+		if failed != nil {
+			return errors.Join(fmt.Errorf("%s: %w", e.Name, failed), report.Write(f.out, rows))
 		}
 	}
 	return report.Write(f.out, rows)
@@ -131,6 +134,9 @@ func (f flags) scale() (experiment.Scale, error) {
 			}
 			s.Sizes = append(s.Sizes, n<<30)
 		}
+	}
+	if f.size > 0 {
+		s.Size = int64(f.size*1024) << 20
 	}
 	if f.rounds > 0 {
 		s.Rounds = f.rounds

@@ -21,7 +21,7 @@ const (
 	// hold for it.
 	likeTheLast = 0.03
 	// trustAtMost is how many blobs the outcome of a trial holds for.
-	trustAtMost = 16
+	trustAtMost = 64
 )
 
 // compressor makes zstd frames. With CompressionAuto they are as small as those

@@ -31,7 +31,7 @@ type Scale struct {
 
 // Quick takes minutes, Full about an hour for each size.
 var (
-	Quick = Scale{Sizes: []int64{1 << 30}, Size: 1 << 30, Rounds: 3, Hours: 6, Workload: 10 * time.Second, Tools: contender.Names}
+	Quick = Scale{Sizes: []int64{1 << 30}, Size: 1 << 30, Rounds: 3, Hours: 6, Workload: 6 * time.Second, Tools: contender.Names}
 	Full  = Scale{Sizes: []int64{2 << 30, 4 << 30, 8 << 30}, Size: 2 << 30, Rounds: 5, Hours: 24, Workload: 30 * time.Second, Tools: contender.Names}
 )
 

@@ -117,7 +117,7 @@ func runTrace(ctx context.Context, b *Bench) (err error) {
 // hours are the blocks that each hour of the trace writes.
 func (b *Bench) hours() ([][]int64, error) {
 	if b.Trace == "" {
-		return trace.Hours(trace.NewGenerator(trace.Profiles[1], 1).Next, b.Size, b.Hours)
+		return trace.Hours(trace.NewGenerator(trace.Profiles[2], 1).Next, b.Size, b.Hours)
 	}
 	f, err := os.Open(b.Trace)
 	if err != nil {
