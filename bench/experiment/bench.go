@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"os"
 	"path/filepath"
@@ -150,7 +151,7 @@ func (l *lab) round(ctx context.Context, experiment, what string, round int, dir
 		t := l.tools[(i+round)%len(l.tools)]
 		row := result.Unknown()
 		row.Experiment, row.Case, row.Tool, row.Round, row.Size, row.Dirty = experiment, what, t.Name(), round, l.size, dirty
-		if err := host.DropCaches(); err != nil {
+		if err := l.fresh(); err != nil {
 			return err
 		}
 		if err := t.Sync(ctx, &row); err != nil {
@@ -158,6 +159,28 @@ func (l *lab) round(ctx context.Context, experiment, what string, round int, dir
 		}
 		l.bench.Log("  %-22s %-24s %7.2f s  %6.2f CPU s  read %5d MiB  sent %5d MiB", what, t.Name(), row.Seconds, row.SourceCPU, row.Read>>20, row.Sent>>20)
 		if err := l.bench.Add(row); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fresh drops the caches, and has the programs themselves in memory.
+func (l *lab) fresh() error {
+	if err := host.DropCaches(); err != nil {
+		return err
+	}
+	for _, p := range []string{l.Dsync, l.Restic, l.Rsync, l.Kopia} {
+		if p == "" {
+			continue
+		}
+		f, err := os.Open(p)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(io.Discard, f)
+		f.Close()
+		if err != nil {
 			return err
 		}
 	}

@@ -26,7 +26,7 @@ type task struct {
 func (l *lab) measure(ctx context.Context, experiment, what string, round int, tasks []task) error {
 	for i := range tasks {
 		t := tasks[(i+round)%len(tasks)]
-		if err := host.DropCaches(); err != nil {
+		if err := l.fresh(); err != nil {
 			return err
 		}
 		if t.before != nil {
@@ -154,7 +154,7 @@ func (l *lab) modes(ctx context.Context, what string, round int) error {
 			if tool != "dsync-backup" {
 				args = []string{l.Restic, "-q", "backup", l.Disk.File}
 			}
-			if err := host.DropCaches(); err != nil {
+			if err := l.fresh(); err != nil {
 				return err
 			}
 			cost, err := host.Run(ctx, host.Command{Args: args, Env: env})
