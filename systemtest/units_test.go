@@ -32,10 +32,10 @@ func TestTheSystemdUnitIsRight(t *testing.T) {
 			t.Errorf("%s: %+v", command, r)
 		}
 	}
-	name := "dsync-backup-track@" + run(t, "systemd-escape", "--path", "/dev/disk/by-id/virtio-data") + ".service"
+	name := "dsync-backup-track@" + run(t, "systemd-escape", "--path", "/dev/disk/by-uuid/5f0c1b1e-7e6f-4a0c-8a54-bb4c4f9d6a3e") + ".service"
 	files := map[string]string{
 		name:        unit,
-		"srv.mount": "[Unit]\nAfter=" + name + "\nBefore=local-fs.target\n[Mount]\nWhat=/dev/disk/by-id/virtio-data\nWhere=/srv\n",
+		"srv.mount": "[Unit]\nAfter=" + name + "\nBefore=local-fs.target\n[Mount]\nWhat=/dev/disk/by-uuid/5f0c1b1e-7e6f-4a0c-8a54-bb4c4f9d6a3e\nWhere=/srv\n",
 	}
 	for name, text := range files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
