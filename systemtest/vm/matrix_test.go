@@ -323,7 +323,8 @@ func (s *scene) happens(ev event) matrix.Row {
 	if next.Changes != ev.next || !strings.Contains(why, ev.why) {
 		s.t.Errorf("the next backup: %s, because %q; want %s, %q", next.Changes, why, ev.next, ev.why)
 	}
-	after := s.round()
+	s.write() // the image is looked at after the next event
+	after := s.backup()
 	if after.Changes != snapshot.ChangesTracker {
 		s.t.Errorf("the one after: %s, because %q", after.Changes, after.FallbackReason)
 	}
