@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -377,5 +378,54 @@ func TestAFreshHistoryIsBegunWhenAsked(t *testing.T) {
 	}
 	if s = d.start(); s.Resumed {
 		t.Error("the older history goes on after a fresh one")
+	}
+}
+
+// TestStopsAndStartsAtOnce: of a stop and several starts at the same time, whatever
+// comes of them, no saved state lies there while the device has a tracker.
+func TestStopsAndStartsAtOnce(t *testing.T) {
+	d := newDisk(t)
+	d.start().Close()
+	for round := range 4 {
+		var all sync.WaitGroup
+		all.Go(func() {
+			if tr, err := trackers.Open(d.path); err == nil {
+				_, _ = Stop(t.Context(), tr, d.state, nodes{})
+			}
+		})
+		for range 2 {
+			all.Go(func() {
+				if s, err := Start(t.Context(), d.path, Options{Options: bpfOnly, StateDir: d.state}, nodes{}); err == nil {
+					s.Close()
+				}
+			})
+		}
+		all.Wait()
+		tracked := trackers.CheckUntracked(d.path) != nil
+		saved, _ := filepath.Glob(filepath.Join(d.state, "trackers/*/saved"))
+		if tracked == (len(saved) > 0) {
+			t.Fatalf("round %d: tracked: %v, saved: %v", round, tracked, saved)
+		}
+		if !tracked {
+			if s := d.start(); !s.Resumed {
+				t.Errorf("round %d: %v", round, s.Why)
+			} else {
+				s.Close()
+			}
+		}
+	}
+}
+
+// TestAStoppedTrackerIsNotRenewed: a process that still holds a tracker, and finds it
+// stopped, begins no history behind the one that was saved.
+func TestAStoppedTrackerIsNotRenewed(t *testing.T) {
+	d := newDisk(t)
+	held := d.start()
+	d.save()
+	if tr, err := trackers.Renew(t.Context(), held.Tracker, d.path); err == nil || !strings.Contains(err.Error(), "stopped meanwhile") {
+		t.Fatalf("renewed: %v, %v", tr, err)
+	}
+	if s := d.start(); !s.Resumed {
+		t.Error(s.Why)
 	}
 }

@@ -39,6 +39,11 @@ func Start(ctx context.Context, path string, o Options, devices Devices) (*Start
 	if o.hook == nil {
 		o.hook = func(string) {}
 	}
+	unlock, err := lockAll(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	// Before anything is taken away.
 	if err := trackers.CheckUntracked(path); err != nil {
 		return nil, err
@@ -69,6 +74,13 @@ func Start(ctx context.Context, path string, o Options, devices Devices) (*Start
 		return nil, errors.Join(fmt.Errorf("%s is tracked, but: %w", path, err), t.Close())
 	}
 	return s, nil
+}
+
+// lockAll has one process at a time begin or save a history: while a device has a
+// tracker, no state of it must lie there, which another start would have put
+// back, or another stop saved, behind this one's back.
+func lockAll(ctx context.Context) (unlock func(), err error) {
+	return epochlog.Lock(ctx, kernel.UUID{}) // no tracker's
 }
 
 func withdraw(ctx context.Context, path, stateDir string, devices Devices) (*fingerprint.Withdrawn, error) {

@@ -31,6 +31,11 @@ func stop(ctx context.Context, t trackers.Tracker, stateDir string, devices Devi
 			err = errors.Join(err, t.Close())
 		}
 	}()
+	unlock, err := lockAll(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	d, err := devices.Open(t.Device(), true)
 	if err != nil {
 		return nil, err

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -194,7 +195,11 @@ func Renew(ctx context.Context, t Tracker, path string) (Tracker, error) {
 }
 
 func renewBPF(ctx context.Context, old *bpf.Tracker, path string) (Tracker, error) {
-	if err := old.Stop(ctx); err != nil && !errors.Is(err, kernel.ErrNotTracked) {
+	err := old.Stop(ctx)
+	if errors.Is(err, kernel.ErrNotTracked) {
+		return renewed(ctx, path)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("end the tracker that missed something: %w", err)
 	}
 	t, err := startBPF(ctx, path)
@@ -205,4 +210,27 @@ func renewBPF(ctx context.Context, old *bpf.Tracker, path string) (Tracker, erro
 		return nil, fmt.Errorf("track %s afresh: %w", path, err)
 	}
 	return t, nil
+}
+
+// renewPatience is how long another process may take to begin what it renews.
+const renewPatience = 5 * time.Second
+
+// renewed waits for the history that another process begins, which has ended the
+// one before. If that process has stopped tracking, none may be begun: it may
+// have saved the history, which would then be taken up behind this one.
+func renewed(ctx context.Context, path string) (Tracker, error) {
+	for end := time.Now().Add(renewPatience); ; {
+		other, err := bpf.Open(path)
+		if err == nil {
+			return other, nil
+		}
+		if time.Now().After(end) {
+			return nil, fmt.Errorf("tracking of %s was stopped meanwhile: %w", path, err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 }
