@@ -196,6 +196,7 @@ func about(ctx context.Context, p contender.Programs) []result.Row {
 	for _, d := range host.Describe() {
 		add(d[0], d[1])
 	}
+	add("memory is told from", fmt.Sprintf("%.0f MiB", float64(host.Floor())/(1<<20)))
 	for _, c := range [][]string{{p.Dsync, "--version"}, {p.Restic, "version"}, {p.Rsync, "--version"}, {p.Borg, "--version"}, {p.Kopia, "--version"}, {p.MinIO, "--version"}} {
 		if c[0] == "" {
 			continue

@@ -33,7 +33,8 @@ func runPostgres(ctx context.Context, b *Bench) (err error) {
 		b.Log("  left out: %v", err)
 		return nil
 	}
-	l, err := b.newLab(ctx, b.Size, false)
+	size := max(b.Size, 1<<30) // its logs alone want some room
+	l, err := b.newLab(ctx, size, false)
 	if err != nil {
 		return err
 	}
@@ -45,7 +46,7 @@ func runPostgres(ctx context.Context, b *Bench) (err error) {
 	}
 	defer func() { err = errors.Join(err, c.stop()) }()
 	// A scale of 1 is about 15 MB: the database fills a third of the device.
-	if err := c.pgbench(ctx, "-q", "-i", "-s", fmt.Sprint(b.Size/3/(15<<20))); err != nil {
+	if err := c.pgbench(ctx, "-q", "-i", "-s", fmt.Sprint(size/3/(15<<20))); err != nil {
 		return err
 	}
 	if err := l.use(ctx, postgresTools...); err != nil {

@@ -20,6 +20,23 @@ func TestRunMeasuresWhatTheCommandAndItsChildrenUse(t *testing.T) {
 	}
 }
 
+// What this process had before does not count as the command's.
+func TestMemoryIsTheCommandsOwn(t *testing.T) {
+	big := make([]byte, 300<<20)
+	for i := range big {
+		big[i] = byte(i)
+	}
+	t.Log(len(big))
+	big = nil
+	c, err := Run(context.Background(), Command{Args: []string{"true"}})
+	if err != nil || c.Memory > 100<<20 || c.Memory <= 0 {
+		t.Errorf("%d bytes, %v", c.Memory, err)
+	}
+	if f := Floor(); f <= 0 || f > 100<<20 {
+		t.Errorf("floor: %d", f)
+	}
+}
+
 func TestAFailedCommandSaysWhatItPrinted(t *testing.T) {
 	_, err := Run(context.Background(), Command{Args: []string{"sh", "-c", "echo because >&2; exit 3"}})
 	if err == nil || !strings.Contains(err.Error(), "because") {

@@ -104,12 +104,15 @@ func (p *page) bars(rows result.Set, number func(result.Row) float64, title, axi
 		c.Legend.Add(tool, b)
 	}
 	c.NominalX(cases...)
+	c.X.Min, c.X.Max = -0.5, float64(len(cases))-0.5
+	// Room for the legend.
 	if logs {
 		c.Y.Min = least
+		c.Y.Max *= 100
 	} else {
 		c.Y.Min = 0
+		c.Y.Max *= 1.4
 	}
-	c.Y.Max *= 1.6
 	c.Legend.Left = true
 	c.Legend.TextStyle.Font.Size = vg.Points(8)
 	p.save(c, file, title, 7*vg.Inch, 4.2*vg.Inch)

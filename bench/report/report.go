@@ -97,7 +97,7 @@ func (p *page) machine() {
 	p.printf("## The machine\n\n| | |\n|---|---|\n")
 	for _, r := range p.rows {
 		if r.Experiment == "about" {
-			p.printf("| %s | %s |\n", r.Case, r.Tool)
+			p.printf("| %s | %s |\n", cell(r.Case), cell(r.Tool))
 		}
 	}
 	p.printf("\n")
@@ -152,8 +152,8 @@ func (p *page) compare(name, title, text string) {
 	p.printf("\n|---|---|---|%s\n", strings.Repeat("---:|", len(used)))
 	for _, k := range keys(rows) {
 		some := rows.Select(func(r result.Row) bool { return r.Key() == k })
-		p.printf("| %s | %s | %s |", gib(k.Size), k.Case, k.Tool)
-		for i, c := range used {
+		p.printf("| %s | %s | %s |", gib(k.Size), cell(k.Case), cell(k.Tool))
+		for _, c := range used {
 			s := some.Of(c.number)
 			switch {
 			case s.N == 0:
@@ -163,12 +163,14 @@ func (p *page) compare(name, title, text string) {
 			default:
 				p.printf(" %s%s |", c.show(s.Median), unit(c, some[0]))
 			}
-			_ = i
 		}
 		p.printf("\n")
 	}
 	p.printf("\n")
 }
+
+// cell is text inside of a table.
+func cell(s string) string { return strings.ReplaceAll(s, "|", "\\|") }
 
 func unit(c column, r result.Row) string {
 	if c.name == "rate" && r.Unit != "" {
