@@ -30,7 +30,7 @@ const (
 // layers have for it. Whatever it holds otherwise, torn by a write or written
 // since, stays where it is.
 func (b *backup) forward(ctx context.Context, links []link) (*repo.ID, error) {
-	budget := b.changed*forwardShare/100 - b.sum.CopiedForwardBytes
+	budget := b.changed * forwardShare / 100
 	if budget < kernel.BlockSize {
 		return nil, nil
 	}

@@ -27,9 +27,14 @@ type chain struct {
 	links []link
 	merge func(ctx context.Context, links []link) (*repo.ID, error)
 	// forward makes another layer, or none, to be merged on top of the newest
-	// ones, which are about to be merged.
+	// ones that it is given.
 	forward func(ctx context.Context, links []link) (*repo.ID, error)
 }
+
+// lookBack is how far forward looks: at the newest layers that have so many
+// times the metadata of the very newest one. So what it reads follows the
+// change as well.
+const lookBack = 64
 
 // shorten merges the newest layers as long as the next older one is not much
 // heavier than they are together, so that each block's metadata is written again
@@ -52,7 +57,15 @@ func (c *chain) shorten(ctx context.Context) error {
 		}
 		sum, first = sum+w, i
 	}
-	if err := c.join(ctx, first, len(c.links)); err != nil {
+	run := c.links[first:]
+	top, err := c.lookForward(ctx, first)
+	if err != nil {
+		return err
+	}
+	if top != nil {
+		run = append(slices.Clone(run), link{run[len(run)-1].name, *top})
+	}
+	if err := c.replace(ctx, first, len(c.links), run); err != nil {
 		return err
 	}
 	for len(c.links) > maxLayers {
@@ -61,6 +74,32 @@ func (c *chain) shorten(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// lookForward has forward look at the newest layers, those from first on among
+// them.
+func (c *chain) lookForward(ctx context.Context, first int) (*repo.ID, error) {
+	if c.forward == nil || len(c.links) < 2 {
+		return nil, nil
+	}
+	from := len(c.links) - 1
+	own, err := c.weight(ctx, c.links[from], 1<<62)
+	if err != nil {
+		return nil, err
+	}
+	for left := (lookBack - 1) * own; from > 0; from-- {
+		w, err := c.weight(ctx, c.links[from-1], left)
+		if err != nil {
+			return nil, err
+		}
+		if left -= w; left < 0 {
+			break
+		}
+	}
+	if from = min(from, first); from == len(c.links)-1 {
+		return nil, nil
+	}
+	return c.forward(ctx, c.links[from:])
 }
 
 // joinLightest merges the two neighbours that weigh least together.
@@ -76,24 +115,14 @@ func (c *chain) joinLightest(ctx context.Context) error {
 		}
 		before = w
 	}
-	return c.join(ctx, at, at+2)
+	return c.replace(ctx, at, at+2, c.links[at:at+2])
 }
 
-// join puts one layer in the place of those from i to before j, under the name
-// of the newest of them.
-func (c *chain) join(ctx context.Context, i, j int) error {
-	if j-i < 2 {
+// replace puts one layer, made of a run of them, in the place of those from i to
+// before j, under the name of the newest of them.
+func (c *chain) replace(ctx context.Context, i, j int, run []link) error {
+	if len(run) < 2 {
 		return nil
-	}
-	run := c.links[i:j]
-	if j == len(c.links) && c.forward != nil {
-		top, err := c.forward(ctx, run)
-		if err != nil {
-			return err
-		}
-		if top != nil {
-			run = append(slices.Clone(run), link{tree: *top})
-		}
 	}
 	tree, err := c.merge(ctx, run)
 	if err != nil {
