@@ -110,7 +110,7 @@ func TestDamageAnywhereIsNamedAndTheRestIsThere(t *testing.T) {
 	}
 	ways := []string{"flip", "cut", "remove"}
 	touched, harmless, salvaged := 0, 0, 0
-	for i := range count(100, 24) {
+	for i := range count(100, 12) {
 		kind := []string{"data", "data", "data", "index"}[r.IntN(4)]
 		files := m.env.files(kind)
 		slices.Sort(files)
@@ -169,7 +169,7 @@ func TestDamageAnywhereIsNamedAndTheRestIsThere(t *testing.T) {
 	}
 	m.clean()
 	t.Logf("%d damaged devices, of which %d gave all that was not named; %d damages touched no snapshot", touched, salvaged, harmless)
-	if salvaged < 5 {
+	if salvaged < 3 {
 		t.Error("too few devices could be salvaged")
 	}
 }
