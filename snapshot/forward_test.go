@@ -143,10 +143,12 @@ func TestWhatIsWrittenMeanwhileIsNotCopiedForward(t *testing.T) {
 				scramble := round%4 == 3
 				if scramble {
 					o = &letGo{Still(PointInTimeNone), func() {
-						for b := int64(0); b < int64(len(want))/kernel.BlockSize; b += every {
-							w.write(b*kernel.BlockSize, noise(w.rng, kernel.BlockSize))
+						now := bytes.Clone(want)
+						for b := int64(0); b < int64(len(now))/kernel.BlockSize; b += every {
+							copy(now[b*kernel.BlockSize:], noise(w.rng, kernel.BlockSize))
 							w.m.running.Set(b)
 						}
+						w.write(0, now)
 					}}
 				}
 				s := w.next(func(opts *Options) { opts.Instant, opts.SpotCheck = o, 0 })

@@ -312,7 +312,7 @@ func TestYearsOfBackups(t *testing.T) {
 func TestYearsOfBackupsWithRestic(t *testing.T) {
 	for name, ours := range map[string]func(*rand.Rand) bool{
 		"ResticOnly": func(*rand.Rand) bool { return false },
-		"Turns":       func(r *rand.Rand) bool { return r.IntN(2) == 0 },
+		"Turns":      func(r *rand.Rand) bool { return r.IntN(2) == 0 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			y := newYears(lightEnv(t), int64(count(2<<10, 64))<<20)
