@@ -106,9 +106,9 @@ func TestPruneFreesAboutWhatResticFrees(t *testing.T) {
 	}
 }
 
-// TestKilledForgetPruneAndRepairLoseNothing kills commands at random points,
-// checks, and runs them again.
-func TestKilledForgetPruneAndRepairLoseNothing(t *testing.T) {
+// TestKilledCommandsLoseNothing kills commands at random points, checks, and
+// runs them again.
+func TestKilledCommandsLoseNothing(t *testing.T) {
 	r := random(t)
 	m := newMixed(lightEnv(t), r)
 	for range 4 {
@@ -121,6 +121,8 @@ func TestKilledForgetPruneAndRepairLoseNothing(t *testing.T) {
 		append([]string{"forget", "--prune", "--max-unused", "0"}, all[2:]...),
 		{"prune", "--max-unused", "0"},
 		{"repair", "index", "--read-all-packs"},
+		{"backup", m.img},
+		{"unlock"},
 	}
 	takes := make([]time.Duration, len(commands))
 	killed := 0
@@ -133,6 +135,15 @@ func TestKilledForgetPruneAndRepairLoseNothing(t *testing.T) {
 		e.vars = append(slices.Clone(whole.vars), "RESTIC_REPOSITORY="+e.repo)
 		if which == 1 { // so that there is something to prune
 			e.must(append([]string{"forget"}, all[2:]...)...)
+		}
+		if which == 4 { // the locks of dead processes
+			for range 3 {
+				dying := e.start(append(slowly, "-q", "backup", "--changes", "full", m.img)...)
+				n := len(e.files("locks"))
+				dying.until(t, "it has a lock", func() bool { return len(e.files("locks")) > n })
+				_ = dying.cmd.Process.Kill()
+				dying.result()
+			}
 		}
 		began := time.Now()
 		b := e.start(append([]string{"-q"}, commands[which]...)...)
