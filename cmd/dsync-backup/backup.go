@@ -202,6 +202,9 @@ func (g *globals) printBackup(s *snapshot.Summary) error {
 	fmt.Fprintf(w, "%s: %s, changes: %s, point in time: %s\n", s.Device, size(s.DeviceSize), s.Changes, s.PointInTime)
 	fmt.Fprintf(w, "read %s, changed %s, new data %s (stored %s), metadata %s, layers %d, %.1f s\n",
 		size(s.BytesRead), size(s.DirtyBytes), size(s.DataAdded), size(s.DataAddedPacked), size(s.MetadataAddedPacked), s.Layers, s.DurationSeconds)
+	if s.CopiedForwardBytes > 0 {
+		fmt.Fprintf(w, "copied forward %s (stored %s), to free worn blobs\n", size(s.CopiedForwardBytes), size(s.CopiedForwardPacked))
+	}
 	if s.FreezeSeconds > 0 {
 		fmt.Fprintf(w, "the file systems were frozen for %.2f s", s.FreezeSeconds)
 		if s.Rounds > 1 {
