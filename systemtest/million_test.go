@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package systemtest
+
+import (
+	"encoding/binary"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/dsync-backup/dsync-backup/kernel"
+	"github.com/dsync-backup/dsync-backup/repo"
+)
+
+// BenchmarkMillionBlobs measures what an incremental backup of 1,000 blocks takes
+// in a repository of a million other blobs, and in one of none (I6), with a warm
+// cache: the least of several, in turns. Run it with -benchtime 1x.
+func BenchmarkMillionBlobs(b *testing.B) {
+	const size = 256 << 20
+	r := rand.New(rand.NewPCG(2, 0))
+	c := newContent(r, true)
+	img := filepath.Join(b.TempDir(), "disk.img")
+	if err := os.WriteFile(img, nil, 0o644); err != nil {
+		b.Fatal(err)
+	}
+	if err := os.Truncate(img, size); err != nil {
+		b.Fatal(err)
+	}
+	f := direct(b, img)
+	fillRange(b, f, c, 0, size)
+	empty, full := lightEnv(b), lightEnv(b)
+	full.fillWithBlobs(1_000_000)
+	type taken struct{ wall, cpu, rss float64 }
+	least := map[*env]*taken{empty: nil, full: nil}
+	for round := range 6 {
+		var list strings.Builder
+		blocks := someBlocks(r, size, 1000)
+		writeBlocks(b, f, c, blocks)
+		for _, i := range blocks {
+			list.WriteString(`{"offset":` + strconv.FormatInt(i*kernel.BlockSize, 10) + `,"length":4096}` + "\n")
+		}
+		ranges := writeFile(b, list.String())
+		for _, e := range []*env{empty, full} {
+			args := []string{"-q", "backup", img}
+			if round > 0 {
+				args = append(args, "--changes", ranges)
+			}
+			cmd := e.command(args...)
+			began := time.Now()
+			if res := finish(b, cmd); res.code != 0 {
+				b.Fatalf("%+v", res)
+			}
+			usage, _ := cmd.ProcessState.SysUsage().(*syscall.Rusage)
+			t := taken{time.Since(began).Seconds(), (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds(), float64(usage.Maxrss) / 1024}
+			b.Logf("round %d, full %v: %+v", round, e == full, t)
+			switch l := least[e]; {
+			case round < 2: // the cache is not warm
+			case l == nil:
+				least[e] = &t
+			default:
+				least[e] = &taken{min(l.wall, t.wall), min(l.cpu, t.cpu), min(l.rss, t.rss)}
+			}
+		}
+	}
+	x, y := least[empty], least[full]
+	b.ReportMetric(y.wall/x.wall, "time-ratio")
+	b.ReportMetric(y.cpu/x.cpu, "CPU-ratio")
+	b.ReportMetric(y.rss/x.rss, "RSS-ratio")
+	b.ReportMetric(y.wall, "s")
+	b.ReportMetric(y.rss, "MiB-RSS")
+}
+
+// fillWithBlobs stores n small blobs that a snapshot needs.
+func (e *env) fillWithBlobs(n int) {
+	e.t.Helper()
+	ctx, to := e.t.Context(), e.opened()
+	w := to.NewWriter(ctx, repo.WriterOptions{})
+	tree := &repo.Tree{}
+	var ids []repo.ID
+	var b [16]byte
+	for i := range n {
+		binary.LittleEndian.PutUint64(b[:], uint64(i))
+		s, err := w.SaveBlob(ctx, repo.KindData, b[:])
+		if err != nil {
+			e.t.Fatal(err)
+		}
+		ids = append(ids, s.ID)
+	}
+	for i, some := range slices.Collect(slices.Chunk(ids, 10_000)) {
+		tree.Nodes = append(tree.Nodes, &repo.Node{
+			Name: "file" + strconv.Itoa(100_000+i), Type: repo.NodeFile, Size: uint64(16 * len(some)), Content: some,
+		})
+	}
+	saved, err := w.SaveTree(ctx, tree)
+	if err == nil {
+		err = w.Flush(ctx)
+	}
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	if _, _, err := to.SaveSnapshot(ctx, &repo.Snapshot{Time: time.Now(), Tree: &saved.ID, Paths: []string{"/blobs"}, Hostname: "other"}); err != nil {
+		e.t.Fatal(err)
+	}
+}
