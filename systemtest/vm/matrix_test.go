@@ -216,7 +216,9 @@ type event struct {
 	why  string
 }
 
-var afterBoot = []event{
+// both are the events for either tracker. What needs no machine of its own,
+// systemtest.TestMatrixOfEvents does with eBPF.
+var both = []event{
 	{"clean reboot: `track stop --save`, off, on, `track start`", func(s *scene) {
 		s.save()
 		s.reboot(false)
@@ -230,12 +232,6 @@ var afterBoot = []event{
 		s.reboot(true)
 		s.start()
 	}, snapshot.ChangesCompare, "no state of this device was saved"},
-	{"clean reboot, and mounted and written to before `track start`", func(s *scene) {
-		s.save()
-		s.reboot(false)
-		s.use(s.raw)
-		s.start()
-	}, snapshot.ChangesCompare, "was used or changed"},
 	{"the clock set back by a year", func(s *scene) {
 		s.Shell("date -s @$(($(date +%s) - 31536000)) >/dev/null")
 		s.round()
@@ -246,7 +242,6 @@ var afterBoot = []event{
 	{"the machine reverted to an older memory, without the tracked disk", func(s *scene) {
 		s.revert("state", "target")
 	}, snapshot.ChangesCompare, "reverted to an older state"},
-	{"the state directory lost", func(s *scene) { s.Shell("rm -r /state/dsync") }, snapshot.ChangesCompare, "not in the log"},
 }
 
 // merge begins with a logical volume, and makes a snapshot of it that is merged.
@@ -269,17 +264,23 @@ var onlyBPF = []event{
 }
 
 var onlyDM = []event{
+	{"clean reboot, and mounted and written to before `track start`", func(s *scene) {
+		s.save()
+		s.reboot(false)
+		s.use(s.raw)
+		s.start()
+	}, snapshot.ChangesCompare, "was used or changed"},
+	{"the state directory lost", func(s *scene) { s.Shell("rm -r /state/dsync") }, snapshot.ChangesCompare, "not in the log"},
 	{"`track stop --save`, the module unloaded and loaded, `track start`", func(s *scene) {
 		s.save()
 		s.Shell("rmmod dm_dsync; insmod $(find /lib/modules -name dm-dsync.ko)")
 		s.start()
 	}, snapshot.ChangesTracker, ""},
-	{"`track stop --save` by the module, `track start` with eBPF", func(s *scene) {
+	{"`track stop --save` by the module, `track start` with eBPF, `track stop --save`, `track start` by the module", func(s *scene) {
 		s.save()
 		s.kind = "bpf"
 		s.start()
-	}, snapshot.ChangesTracker, ""},
-	{"`track stop --save` with eBPF, `track start` by the module", func(s *scene) {
+		s.write()
 		s.save()
 		s.kind = "dm"
 		s.start()
@@ -339,8 +340,8 @@ func TestMatrixOfEvents(t *testing.T) {
 		kind, section string
 		events        []event
 	}{
-		{"dm", "the kernel module, in a virtual machine", append(append([]event(nil), afterBoot...), onlyDM...)},
-		{"bpf", "eBPF, in a virtual machine", append(append([]event(nil), afterBoot...), onlyBPF...)},
+		{"dm", "the kernel module, in a virtual machine", append(append([]event(nil), both...), onlyDM...)},
+		{"bpf", "eBPF, in a virtual machine", append(append([]event(nil), both...), onlyBPF...)},
 	} {
 		t.Run(c.kind, func(t *testing.T) {
 			Turn(t, i, func(t *testing.T, k Kernel) {
