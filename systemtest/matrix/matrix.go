@@ -45,7 +45,8 @@ func plain(s string) string {
 }
 
 // Check compares rows, in their order, with a section of the docs' file, which stands
-// between the lines "<!-- NAME -->" and "<!-- end -->".
+// between the lines "<!-- NAME -->" and "<!-- end -->". One that is not there yet is
+// written only when that is asked for.
 func Check(t testing.TB, file, name string, rows []Row) {
 	t.Helper()
 	var b strings.Builder
@@ -57,13 +58,18 @@ func Check(t testing.TB, file, name string, rows []Row) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	head, rest, ok := strings.Cut(string(text), "<!-- "+name+" -->\n")
-	have, tail, ok2 := strings.Cut(rest, "<!-- end -->\n")
-	if !ok || !ok2 {
-		t.Fatalf("%s has no section %q", file, name)
-	}
-	if have == b.String() {
+	head, rest, there := strings.Cut(string(text), "<!-- "+name+" -->\n")
+	have, tail, whole := strings.Cut(rest, "<!-- end -->\n")
+	switch {
+	case there && !whole:
+		t.Fatalf("%s: the section %q has no end", file, name)
+	case there && have == b.String():
 		return
+	case !there && os.Getenv(WriteEnv) == "":
+		t.Logf("%s has no table of %s yet (run again with %s=1 to write it):\n%s", file, name, WriteEnv, b.String())
+		return
+	case !there:
+		head += "\n## " + strings.ToUpper(name[:1]) + name[1:] + "\n\n"
 	}
 	if os.Getenv(WriteEnv) == "" {
 		t.Errorf("%s says of %s:\n%sbut this was seen (run again with %s=1 to write it):\n%s", file, name, have, WriteEnv, b.String())
