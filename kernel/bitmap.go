@@ -68,7 +68,9 @@ func (b *Bitmap) Or(other *Bitmap) error {
 		return fmt.Errorf("unite bitmaps of %d and %d blocks: the device changed its size", b.blocks, other.blocks)
 	}
 	for i, w := range other.words {
-		b.words[i] |= w
+		if w != 0 { // memory of b that was never used stays so
+			b.words[i] |= w
+		}
 	}
 	return nil
 }
@@ -83,7 +85,13 @@ func (b *Bitmap) Count() (n int64) {
 
 // Clone returns an independent copy.
 func (b *Bitmap) Clone() *Bitmap {
-	return &Bitmap{words: append([]uint64(nil), b.words...), blocks: b.blocks}
+	c := NewBitmap(b.blocks)
+	for i, w := range b.words {
+		if w != 0 {
+			c.words[i] = w
+		}
+	}
+	return c
 }
 
 // NextSet is the first marked block at or after i, or Blocks if there is none.

@@ -47,7 +47,8 @@ type fetcher struct {
 }
 
 func newFetcher(c *chain) *fetcher {
-	n := max(c.store.Backend().Connections(), runtime.GOMAXPROCS(0))
+	// While some wait for the store, others decode.
+	n := c.store.Backend().Connections() + runtime.GOMAXPROCS(0)
 	return &fetcher{chain: c, parallel: min(n, maxFetches)}
 }
 

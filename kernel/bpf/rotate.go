@@ -201,11 +201,5 @@ func (t *Tracker) Peek(ctx context.Context) (*kernel.Bitmap, error) {
 
 // add unites one of the kernel side's bitmaps into b.
 func (t *Tracker) add(b *kernel.Bitmap, i uint32) error {
-	w, err := mapWords(t.bits(i))
-	if err != nil {
-		return err
-	}
-	defer w.close()
-	w.addTo(b)
-	return nil
+	return addMap(b, t.bits(i))
 }

@@ -34,13 +34,10 @@ func (t *Tracker) Status(ctx context.Context) (kernel.Status, error) {
 		return st, nil
 	}
 	st.Epoch = s.Epoch
-	b := kernel.NewBitmap(t.target.blocks())
-	if err := errors.Join(t.add(b, 0), t.add(b, 1)); err != nil {
-		return kernel.Status{}, err
-	}
-	st.DirtyBlocks = b.Count()
-	if s.PendingAll != 0 {
-		st.DirtyBlocks = b.Blocks()
+	if st.DirtyBlocks = t.target.blocks(); s.PendingAll == 0 {
+		if st.DirtyBlocks, err = countUnion([2]*ebpf.Map{t.bits(0), t.bits(1)}, st.DirtyBlocks); err != nil {
+			return kernel.Status{}, err
+		}
 	}
 	st.Reason, err = t.judge(s)
 	st.Reliable = st.Reason == ""

@@ -4,6 +4,7 @@ package bpf
 
 import (
 	"fmt"
+	"math/bits"
 	"os"
 	"sync/atomic"
 	"unsafe"
@@ -33,12 +34,70 @@ func mapWords(m *ebpf.Map) (*words, error) {
 
 func (w *words) close() { _ = unix.Munmap(w.mapping) }
 
-// addTo unites the kernel's bitmap into b.
-func (w *words) addTo(b *kernel.Bitmap) {
-	for i, dst := 0, b.Words(); i < len(dst); i++ {
-		dst[i] |= atomic.LoadUint64(&w.w[i])
+// windowWords is how much of a bitmap is mapped at a time to be read, in words:
+// 8 MiB. Of a bitmap of 128 MiB, more would only count as this process's memory.
+const windowWords = 1 << 20
+
+// readWindows hands out the words of one or two bitmaps of the same length, a
+// window at a time; first is the number of its first word.
+func readWindows(maps []*ebpf.Map, fn func(first int, w [][]uint64)) error {
+	page := os.Getpagesize()
+	n := int(maps[0].MaxEntries())
+	for first := 0; first < n; first += windowWords {
+		have := min(windowWords, n-first)
+		var views [][]uint64
+		err := func() error {
+			for _, m := range maps {
+				b, err := unix.Mmap(m.FD(), int64(first)*8, (have*8+page-1)/page*page, unix.PROT_READ, unix.MAP_SHARED)
+				if err != nil {
+					return fmt.Errorf("map the kernel's bitmap: %w", err)
+				}
+				defer func() { _ = unix.Munmap(b) }()
+				views = append(views, unsafe.Slice((*uint64)(unsafe.Pointer(&b[0])), have))
+			}
+			fn(first, views)
+			return nil
+		}()
+		if err != nil {
+			return err
+		}
 	}
+	return nil
+}
+
+// addMap unites a bitmap of the kernel's into b. Of b, only words that get a
+// bit are touched: on a large device most of it is memory that was never used.
+func addMap(b *kernel.Bitmap, m *ebpf.Map) error {
+	dst := b.Words()
+	err := readWindows([]*ebpf.Map{m}, func(first int, w [][]uint64) {
+		for i := range min(len(w[0]), len(dst)-first) {
+			if v := atomic.LoadUint64(&w[0][i]); v != 0 {
+				dst[first+i] |= v
+			}
+		}
+	})
 	b.Trim()
+	return err
+}
+
+// countUnion is how many of the first blocks are marked in either bitmap.
+func countUnion(maps [2]*ebpf.Map, blocks int64) (count int64, err error) {
+	err = readWindows(maps[:], func(first int, w [][]uint64) {
+		for i := range w[0] {
+			v := atomic.LoadUint64(&w[0][i]) | atomic.LoadUint64(&w[1][i])
+			if v == 0 {
+				continue
+			}
+			switch beyond := int64(first+i+1)*64 - blocks; {
+			case beyond >= 64:
+				continue
+			case beyond > 0:
+				v &= ^uint64(0) >> beyond
+			}
+			count += int64(bits.OnesCount64(v))
+		}
+	})
+	return count, err
 }
 
 // set marks blocks from first to last, both included, beside the programs that
@@ -56,5 +115,12 @@ func (w *words) set(first, last int64) {
 	}
 }
 
-// clear wipes a bitmap that no program writes to any more.
-func (w *words) clear() { clear(w.w) }
+// clear wipes a bitmap that no program writes to any more. To look is cheaper
+// than to write, and most words are clear.
+func (w *words) clear() {
+	for i, v := range w.w {
+		if v != 0 {
+			w.w[i] = 0
+		}
+	}
+}

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package bpf
+
+import (
+	"math/rand/v2"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/dsync-backup/dsync-backup/kernel"
+)
+
+// A bitmap of more than one window reads as what was set in it, also at the
+// windows' borders and at its end, where bits beyond the last block do not count.
+func TestBitmapsAreReadInWindows(t *testing.T) {
+	const words = 2*windowWords + 513
+	var maps [2]*ebpf.Map
+	blocks := int64(words)*64 - 37
+	want := kernel.NewBitmap(blocks)
+	r := rand.New(rand.NewPCG(8, 1))
+	for i := range maps {
+		m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: words, Flags: unix.BPF_F_MMAPABLE})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		maps[i] = m
+		w, err := mapWords(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.close()
+		some := []int64{0, 63, windowWords*64 - 1, windowWords * 64, 2*windowWords*64 - 1, 2 * windowWords * 64, blocks - 1}[i:]
+		for range 1000 {
+			some = append(some, r.Int64N(blocks))
+		}
+		one := kernel.NewBitmap(blocks)
+		for _, b := range some {
+			w.set(b, b)
+			one.Set(b)
+		}
+		w.set(blocks, words*64-1) // beyond the end
+		got := kernel.NewBitmap(blocks)
+		if err := addMap(got, m); err != nil {
+			t.Fatal(err)
+		}
+		same(t, got, one)
+		if err := want.Or(one); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n, err := countUnion(maps, blocks); err != nil || n != want.Count() {
+		t.Errorf("%d blocks are counted, %d are set: %v", n, want.Count(), err)
+	}
+	same(t, want.Clone(), want)
+	w, err := mapWords(maps[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.close()
+	w.clear()
+	if n, err := countUnion([2]*ebpf.Map{maps[0], maps[0]}, blocks); err != nil || n != 0 {
+		t.Errorf("%d blocks are left: %v", n, err)
+	}
+}
+
+func same(t *testing.T, got, want *kernel.Bitmap) {
+	t.Helper()
+	for i, w := range want.Words() {
+		if got.Words()[i] != w {
+			t.Fatalf("word %d: %x, want %x", i, got.Words()[i], w)
+		}
+	}
+}
