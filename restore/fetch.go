@@ -47,8 +47,7 @@ type fetcher struct {
 }
 
 func newFetcher(c *chain) *fetcher {
-	// While some wait for the store, others decode.
-	n := c.store.Backend().Connections() + runtime.GOMAXPROCS(0)
+	n := max(c.store.Backend().Connections(), runtime.GOMAXPROCS(0))
 	return &fetcher{chain: c, parallel: min(n, maxFetches)}
 }
 
