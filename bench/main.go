@@ -102,13 +102,20 @@ func run(ctx context.Context, f flags) (err error) {
 	b.Add = func(r result.Row) error { rows = append(rows, r); return ctx.Err() }
 	for _, e := range chosen {
 		b.Log("%s: %s", e.Name, e.Does)
-		started := time.Now()
+		started, load := time.Now(), host.Load()
 		rows = slices.DeleteFunc(rows, func(r result.Row) bool {
 			return r.Experiment == e.Name && (f.sizes == "" || slices.Contains(scale.Sizes, r.Size) || e.Name != "sync")
 		})
 		failed := e.Run(ctx, b)
 		b.Log("%s took %.0f s", e.Name, time.Since(started).Seconds())
-		rows = append(slices.DeleteFunc(rows, func(r result.Row) bool { return r.Experiment == "about" }), about(context.WithoutCancel(ctx), b.Programs)...)
+		name := report.LoadBefore + e.Name
+		rows = slices.DeleteFunc(rows, func(r result.Row) bool {
+			return r.Experiment == "about" && (r.Case == name || !strings.HasPrefix(r.Case, report.LoadBefore))
+		})
+		rows = append(rows, about(context.WithoutCancel(ctx), b.Programs)...)
+		row := result.Unknown()
+		row.Experiment, row.Case, row.Tool, row.Rate = "about", name, fmt.Sprintf("%.1f", load), load
+		rows = append(rows, row)
 		// After each, so that what was measured so far is not lost with what fails.
 		if err := result.Save(file, rows); err != nil {
 			return err

@@ -35,6 +35,15 @@ func Describe() [][2]string {
 	return d
 }
 
+// Load is the machine's load, averaged over the last minute, or -1.
+func Load() float64 {
+	var load float64
+	if _, err := fmt.Sscan(first("/proc/loadavg"), &load); err != nil {
+		return -1
+	}
+	return load
+}
+
 func first(path string) string {
 	b, err := os.ReadFile(path)
 	if err != nil {

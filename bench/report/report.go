@@ -15,6 +15,10 @@ import (
 	"github.com/dsync-backup/dsync-backup/bench/result"
 )
 
+// LoadBefore begins the case of rows that say how busy the machine was before
+// an experiment; their rate is its load.
+const LoadBefore = "load before "
+
 // FileName is the report's, in the folder of the results.
 const FileName = "report.md"
 
@@ -33,6 +37,7 @@ func Markdown(dir string, all []result.Row) ([]byte, error) {
 	p := &page{rows: rows, dir: dir}
 	p.printf("<!-- written by `make bench`: do not edit -->\n# What was measured\n\n")
 	p.verdict()
+	p.busy()
 	p.machine()
 	p.goals()
 	p.compare("sync", "Synchronising after a change",
@@ -90,6 +95,16 @@ func (p *page) verdict() {
 			names[i] = gib(s)
 		}
 		p.printf("The tools were compared on states of %s. Figures are medians; in brackets the least and the greatest.\n\n", strings.Join(names, ", "))
+	}
+}
+
+// busy says so if the machine did other things as well.
+func (p *page) busy() {
+	most := p.rows.Select(func(r result.Row) bool {
+		return r.Experiment == "about" && strings.HasPrefix(r.Case, LoadBefore)
+	}).Of(result.Rate)
+	if n := cores(p.rows); most.N > 0 && n > 0 && most.Max > float64(n)/2 {
+		p.printf("**The machine was not idle:** before an experiment its load was up to %.1f on %d cores. Times are too long, all tools' alike; ratios within a round hold roughly, and what waits for a disk or a core that others use is told worse than it is.\n\n", most.Max, n)
 	}
 }
 

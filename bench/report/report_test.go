@@ -160,6 +160,18 @@ func TestTheFirstParagraphSaysWhereWeLose(t *testing.T) {
 	}
 }
 
+func TestABusyMachineIsSaid(t *testing.T) {
+	for load, want := range map[float64]bool{0.3: false, 9: true} {
+		page, err := Markdown(t.TempDir(), append(winning(), row("about", LoadBefore+"sync", "", -1, func(r *result.Row) { r.Rate = load })))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Contains(string(page), "The machine was not idle"); got != want {
+			t.Errorf("a load of %g: said %v", load, got)
+		}
+	}
+}
+
 // paragraph is the first one after the title.
 func paragraph(page []byte) string {
 	_, rest, _ := strings.Cut(string(page), "# What was measured\n\n")
