@@ -45,9 +45,10 @@
  * Locks
  * =====
  * dsync_lock	the list of histories, their directories in /proc and the number
- *		of instances of each. Taken in ctr, dtr and a work item; never in
- *		preresume, resume, messages, status or the files in /proc, since it
- *		is held while /proc entries are removed, which waits for readers.
+ *		of instances of each. Taken in ctr, dtr, a work item and the notifier
+ *		of hibernations; never in preresume, resume, messages, status or the
+ *		files in /proc, since it is held while /proc entries are removed,
+ *		which waits for readers.
  * h->lock	everything else in a history but the bits. Taken inside dsync_lock
  *		or alone. Never held over an allocation or an access to user
  *		memory, both of which may wait for I/O to this very device, and
@@ -69,6 +70,7 @@
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
+#include <linux/notifier.h>
 #include <linux/proc_fs.h>
 #include <linux/random.h>
 #include <linux/rcupdate.h>
@@ -77,6 +79,7 @@
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
 #include <linux/slab.h>
+#include <linux/suspend.h>
 #include <linux/uaccess.h>
 #include <linux/uio.h>
 #include <linux/version.h>
@@ -1397,6 +1400,29 @@ static struct target_type dsync_target = {
 	.iterate_devices	= dsync_iterate_devices,
 };
 
+/*
+ * The image of a hibernation is memory as it was before the machine's last writes, the
+ * bitmaps with it. Before, so that the image knows; after, for histories that began
+ * since.
+ */
+static int dsync_pm_notify(struct notifier_block *nb, unsigned long event, void *data)
+{
+	struct dsync_history *h;
+
+	if (event != PM_HIBERNATION_PREPARE && event != PM_POST_HIBERNATION)
+		return NOTIFY_DONE;
+	mutex_lock(&dsync_lock);
+	list_for_each_entry(h, &dsync_histories, list) {
+		mutex_lock(&h->lock);
+		dsync_invalidate(h, "the machine was hibernated");
+		mutex_unlock(&h->lock);
+	}
+	mutex_unlock(&dsync_lock);
+	return NOTIFY_OK;
+}
+
+static struct notifier_block dsync_pm_block = { .notifier_call = dsync_pm_notify };
+
 static int __init dm_dsync_init(void)
 {
 	int r = -ENOMEM;
@@ -1406,11 +1432,16 @@ static int __init dm_dsync_init(void)
 		return r;
 	if (!proc_create_single("version", 0400, dsync_root, dsync_version_show))
 		goto bad;
+	r = register_pm_notifier(&dsync_pm_block);
+	if (r)
+		goto bad;
 	r = dm_register_target(&dsync_target);
 	if (r < 0)
-		goto bad;
+		goto bad_target;
 	return 0;
 
+bad_target:
+	unregister_pm_notifier(&dsync_pm_block);
 bad:
 	proc_remove(dsync_root);
 	return r;
@@ -1420,6 +1451,7 @@ static void __exit dm_dsync_exit(void)
 {
 	/* no target is left, hence no history */
 	dm_unregister_target(&dsync_target);
+	unregister_pm_notifier(&dsync_pm_block);
 	flush_work(&dsync_names_work);
 	proc_remove(dsync_root);
 }

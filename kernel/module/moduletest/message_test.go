@@ -194,3 +194,28 @@ func TestClearResets(t *testing.T) {
 	}
 	same(t, "afterwards", d.turn(), blocksOf(1024, 7))
 }
+
+// Whoever opens this file begins a hibernation, as the kernel's own does, and
+// whoever closes it gives it up.
+func TestHibernationInvalidates(t *testing.T) {
+	need(t)
+	d := onLoop(t, "asleep", mib)
+	d.put(1)
+	d.want("state valid")
+	f, err := os.Open("/dev/snapshot")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	const reason = "the machine was hibernated"
+	d.want("state invalid "+reason, "dirty 1")
+	// A history that began since is not in the clear either.
+	late := onLoop(t, "late", mib)
+	late.want("state valid")
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	late.want("state invalid " + reason)
+	late.tell("restart")
+	late.want("state valid")
+}
