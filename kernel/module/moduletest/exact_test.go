@@ -26,7 +26,11 @@ func TestTheBitmapEqualsTheModel(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	blocks := kernel.BlocksOf(size)
-	for round := range 12 {
+	rounds := 6
+	if os.Getenv("SOAK") != "" {
+		rounds = 100
+	}
+	for round := range rounds {
 		model := kernel.NewBitmap(blocks)
 		for range 150 {
 			length := sector * (1 + rng.Int64N(64))

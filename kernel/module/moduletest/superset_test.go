@@ -23,7 +23,7 @@ import (
 // block been missed, it would hold an old stamp.
 func superset(t *testing.T, d device, below string, disturb func(i int, rng *rand.Rand)) {
 	const blocks, writers = 4096, 8
-	pauses, turns := 3, 6
+	pauses, turns := 2, 5
 	if os.Getenv("SOAK") != "" {
 		pauses, turns = 60, 30
 	}
@@ -73,6 +73,8 @@ func superset(t *testing.T, d device, below string, disturb func(i int, rng *ran
 						_ = rangeIoctl(f, unix.BLKZEROOUT, at*sector, sectors*sector)
 					case 2:
 						_ = unix.Fdatasync(int(f.Fd()))
+					case 3: // FUA
+						_, _ = unix.Pwritev2(int(f.Fd()), [][]byte{b[:sectors*sector]}, at*sector, unix.RWF_DSYNC)
 					default:
 						// It may fail where the device beneath is made to.
 						_, _ = f.WriteAt(b[:sectors*sector], at*sector)
@@ -82,7 +84,7 @@ func superset(t *testing.T, d device, below string, disturb func(i int, rng *ran
 			})
 		}
 		for i := range turns {
-			for goal := written.Load() + 100; written.Load() < goal && !t.Failed(); {
+			for goal := written.Load() + 60; written.Load() < goal && !t.Failed(); {
 				unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil)
 			}
 			if disturb != nil {
@@ -141,6 +143,28 @@ func TestNoChangeIsMissed(t *testing.T) {
 			}
 			d.ack()
 		})
+	})
+	t.Run("growing", func(t *testing.T) {
+		below := dmtest.Loop(t, size, dmtest.LoopOptions{})
+		sectors := uint64(size / sector / 4)
+		d := newDevice(t, "super", below, sectors)
+		superset(t, d, below, func(int, *rand.Rand) {
+			// What is behind the end cannot be written yet.
+			if sectors < size/sector {
+				was := d.number("blocks")
+				sectors = min(sectors+size/sector/5+3, size/sector)
+				d.reload(line(below, 0, sectors))
+				tail := d.bitmap("active")
+				for i := was; i < tail.Blocks(); i++ {
+					if !tail.Get(i) {
+						t.Fatalf("block %d is new, and clean", i)
+					}
+				}
+			}
+		})
+		if sectors != size/sector {
+			t.Errorf("grown to %d sectors only", sectors)
+		}
 	})
 	t.Run("failing writes", func(t *testing.T) {
 		loop := dmtest.Loop(t, size, dmtest.LoopOptions{})

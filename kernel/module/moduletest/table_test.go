@@ -214,6 +214,16 @@ func TestGrowAndShrink(t *testing.T) {
 	d.want("state valid", "blocks 76800", "pending_blocks 0")
 	same(t, "grown again", d.turn(), grown(large, 40000, 7))
 
+	// To where a page of the bitmap ends, and a word.
+	for _, end := range []int64{2 * 32768, 32768, 64 * 9} {
+		d.put(end-1, end, end+5)
+		d.reload(line(loop, 0, uint64(end*8)))
+		d.want("dirty 1")
+		same(t, "shrunk to whole pages", d.turn(), blocksOf(end, end-1))
+	}
+	d.reload(line(loop, 0, large))
+	d.turn()
+
 	// By sectors of the last block only.
 	d.reload(line(loop, 0, less))
 	d.turn()
