@@ -167,7 +167,7 @@ func eachMapped(t *testing.T, sectors uint64, test func(t *testing.T, m mapped))
 
 func TestMappedBitmapEqualsAlignedDirectWrites(t *testing.T) {
 	eachMapped(t, 64<<11+1, func(t *testing.T, m mapped) {
-		testAlignedWrites(t, m.device, int64(dmtest.Sectors(t, m.device))*512, int(guestCount(50)))
+		testAlignedWrites(t, m.device, int64(dmtest.Sectors(t, m.device))*512, int(guestCount(20)))
 	})
 }
 
@@ -218,7 +218,7 @@ func TestNoChangeOfMappedIsMissed(t *testing.T) {
 		patient := slices.Contains([]string{"delay", "crypt", "thin"}, filepath.Base(t.Name()))
 		(&superset{
 			device: m.device, blocks: blocks, patient: patient, pastCache: blocks / 8 * 7,
-			count: guestCount(3000), rotations: 50, alone: true, disturb: m.disturb,
+			count: guestCount(1000), rotations: guestCount(20), alone: true, disturb: m.disturb,
 		}).run(t)
 	})
 }
@@ -236,7 +236,7 @@ func TestNoChangeOfVirtioDiskIsMissed(t *testing.T) {
 	disk := disksBelow(t, 1, 64<<11)[0]
 	blocks := int64(dmtest.Sectors(t, disk)) / 8
 	blocks = min(blocks, 1<<13)
-	(&superset{device: disk, blocks: blocks, pastCache: blocks / 8 * 7, count: guestCount(3000), rotations: 50, alone: true}).run(t)
+	(&superset{device: disk, blocks: blocks, pastCache: blocks / 8 * 7, count: guestCount(1000), rotations: guestCount(20), alone: true}).run(t)
 }
 
 // TestNoFailedWriteIsMissed writes over segments of which one fails writes, so
@@ -250,7 +250,7 @@ func TestNoFailedWriteIsMissed(t *testing.T) {
 		devmapper.Target{Length: third, Type: "linear", Params: d[0] + " 0"},
 		devmapper.Target{Start: third, Length: third, Type: "flakey", Params: fmt.Sprintf("%s %d 0 1 1 error_writes", d[0], third)},
 		devmapper.Target{Start: 2 * third, Length: blocks*8 - 2*third, Type: "linear", Params: d[1] + " 0"})
-	(&superset{device: m.device, blocks: blocks, pastCache: blocks, count: guestCount(3000), rotations: 50, alone: true, fails: true, patient: true, disturb: m.disturb}).run(t)
+	(&superset{device: m.device, blocks: blocks, pastCache: blocks, count: guestCount(1000), rotations: guestCount(20), alone: true, fails: true, patient: true, disturb: m.disturb}).run(t)
 }
 
 // disturb suspends the device while an epoch is rotated, and puts its table in

@@ -69,11 +69,12 @@ func TestNoChangeIsMissed(t *testing.T) {
 		count = 200_000
 	}
 	blocks := int64(1 << 17) // 512 MiB
+	rotations := int64(0)
 	if os.Getenv(envEmulated) != "" {
-		count, blocks = count/10, blocks/16
+		count, blocks, rotations = count/20, blocks/16, 40
 	}
 	device, _ := newLoop(t, blocks*kernel.BlockSize)
-	(&superset{device: device, blocks: blocks, pastCache: blocks / 8 * 7, count: count}).run(t)
+	(&superset{device: device, blocks: blocks, pastCache: blocks / 8 * 7, count: count, rotations: rotations}).run(t)
 }
 
 func (s *superset) run(t *testing.T) {
@@ -167,9 +168,9 @@ func (s *superset) write(t *testing.T, r *rand.Rand, ring *uring) []change {
 	case k < 50:
 		offset, n := one(64, 0, s.pastCache)
 		_, err = s.direct.WriteAt(s.fill(alignedBuffer(int(n))), offset)
-	case k < 52:
+	case k < 52: // long, and past the drive's cache: FUA, or a flush after it
 		offset, n := one(4096, 0, s.pastCache)
-		_, err = s.direct.WriteAt(s.fill(alignedBuffer(int(n))), offset)
+		_, err = unix.Pwritev2(int(s.direct.Fd()), [][]byte{s.fill(alignedBuffer(int(n)))}, offset, unix.RWF_DSYNC)
 	case k < 65 && s.pastCache < s.blocks:
 		offset, n := one(64, s.pastCache, s.blocks)
 		if _, err = s.buffered.WriteAt(s.fill(alignedBuffer(int(n))), offset); err == nil {
