@@ -15,7 +15,7 @@ import (
 // What a disk was synced with survives a power cut and is there at the next boot;
 // what only the guest's memory held is not.
 func TestPowerCut(t *testing.T) {
-	Each(t, func(t *testing.T, k Kernel) {
+	Turn(t, 1, func(t *testing.T, k Kernel) {
 		m := Start(t, k, Config{
 			Tools: []string{"mkfs.ext4"},
 			Disks: []Disk{{Name: "other", Size: 1 << 20, ReadOnly: true}, {Name: "data", Size: 64 << 20, Cache: "none"}},
@@ -45,6 +45,7 @@ func TestPowerCut(t *testing.T) {
 
 // Files go in and come out as they are, and a command's input, output and end arrive.
 func TestCommands(t *testing.T) {
+	t.Parallel()
 	k, err := Get(table[0])
 	if err != nil {
 		t.Fatal(err)

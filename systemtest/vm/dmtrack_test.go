@@ -16,7 +16,7 @@ import (
 )
 
 // dsyncModule is the file of the kernel module, built for k.
-func dsyncModule(t *testing.T, k Kernel) string {
+func dsyncModule(t testing.TB, k Kernel) string {
 	t.Helper()
 	return filepath.Join(BuildModule(t, k, "kernel/module"), "dm-dsync.ko")
 }
@@ -67,19 +67,18 @@ func wantRefused(t *testing.T, m *Machine, words []string, args ...string) {
 // A device is tracked with the module, backed up, changed, backed up by what changed,
 // and restored; all by the command.
 func TestTrackWithTheModule(t *testing.T) {
-	Each(t, func(t *testing.T, k Kernel) {
+	Turn(t, 1, func(t *testing.T, k Kernel) {
 		const size = 64 << 20
 		m := Start(t, k, Config{
-			Memory: 1024, Backup: true, Modules: []string{"dm-mod", "ext4", dsyncModule(t, k)}, Tools: []string{"mkfs.ext4"},
+			Memory: 1024, Backup: true, Modules: []string{"dm-mod", "ext4", dsyncModule(t, k)}, Tools: []string{"mkfs.ext4", "dmsetup", "cmp"},
 			Disks: []Disk{{Name: "data", Size: size}, {Name: "target", Size: size}, {Name: "busy", Size: size}},
 		})
 		data, target, busy := m.Device("data"), m.Device("target"), m.Device("busy")
 		m.Shell("dd if=/dev/urandom of=" + data + " bs=1M count=8 2>/dev/null")
-		m.Shell("mkdir -p /root/repo; echo secret >/root/password")
+		putRepository(t, m, "/root/repo")
 		in := func(args ...string) []string {
 			return append([]string{"env", "RESTIC_REPOSITORY=/root/repo", "RESTIC_PASSWORD_FILE=/root/password"}, args...)
 		}
-		m.Run(in("dsync-backup", "init")...)
 
 		// In use: auto takes eBPF or says why not, dm refuses.
 		m.Run("mkfs.ext4", "-q", busy)
@@ -117,6 +116,22 @@ func TestTrackWithTheModule(t *testing.T) {
 		if s := run(); s.Changes != "tracker" || s.DirtyBytes != 10*4096 {
 			t.Errorf("an incremental backup: %+v", s)
 		}
+		// The paper's interface, from the shell.
+		m.Shell("dd if=/dev/urandom of=" + mapped + " bs=4k seek=200 count=3 conv=notrunc 2>/dev/null; sync")
+		const blocks = "/proc/dsync/my-disk/blocks"
+		if got := m.Run("cat", blocks); got != "200\n201\n202" {
+			t.Errorf("blocks: %q", got)
+		}
+		m.Shell("echo clear >" + blocks)
+		if got := m.Run("cat", blocks); got != "" {
+			t.Errorf("blocks after a clear: %q", got)
+		}
+		if s := run(); s.Changes != "compare" || !strings.Contains(s.FallbackReason, "epoch") || s.DirtyBytes != 3*4096 {
+			t.Errorf("after a clear: %+v", s)
+		}
+		if s := run(); s.Changes != "tracker" || s.DirtyBytes != 0 {
+			t.Errorf("the one after that: %+v", s)
+		}
 		wantRefused(t, m, []string{"is tracked as " + mapped, "back that up"}, in("dsync-backup", "backup", data, "--snapshot", "none")...)
 
 		// With a file system: it cannot be stopped, and is frozen.
@@ -143,6 +158,27 @@ func TestTrackWithTheModule(t *testing.T) {
 			t.Errorf("after a new start: %+v", s)
 		}
 		m.Run("cmp", mapped, target)
+
+		// It goes away while it is read.
+		count := func() int { return strings.Count(m.Run(in("dsync-backup", "--json", "snapshots")...), `"short_id"`) }
+		was := count()
+		p := m.Start(Command{Args: in("dsync-backup", "backup", mapped, "--changes", "full", "--limit-upload", "64")})
+		m.Shell(`while ! awk '/^read_bytes/ {exit !($2 > 1000000)}' /proc/$(pidof dsync-backup)/io; do sleep 0.1; done`)
+		if r := m.Try("dmsetup", "remove", "my-disk"); r.Status == 0 {
+			t.Error("removed while it was read")
+		}
+		m.Run("dmsetup", "wipe_table", "--force", "my-disk")
+		if r := p.Wait(); r.Status != 1 || !strings.Contains(string(r.Stderr), mapped) {
+			t.Errorf("its device is gone: status %d: %s", r.Status, r.Stderr)
+		}
+		if n := count(); n != was {
+			t.Errorf("%d snapshots, %d before", n, was)
+		}
+		m.Run("dmsetup", "remove", "my-disk")
+		track(t, m, "start", data, "--tracker", "dm", "--as", "my-disk")
+		if s := run(); s.Changes != "compare" {
+			t.Errorf("after that: %+v", s)
+		}
 	})
 }
 
@@ -159,7 +195,7 @@ func backupIn(t *testing.T, m *Machine, in func(...string) []string, device stri
 
 // A module of another version is noticed, and named; what it tracks is not touched.
 func TestAModuleOfAnotherVersionIsRefused(t *testing.T) {
-	Each(t, func(t *testing.T, k Kernel) {
+	Turn(t, 0, func(t *testing.T, k Kernel) {
 		m := Start(t, k, Config{
 			Memory: 1024, Backup: true, Modules: []string{"dm-mod", otherVersion(t, k)},
 			Disks: []Disk{{Name: "data", Size: 1 << 20}},
@@ -184,7 +220,7 @@ func otherVersion(t *testing.T, k Kernel) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	folder := filepath.Join(root, ".build/modules/sources-of-2-"+sum[:12])
+	folder := filepath.Join(root, ".build/modules/sources-of-2-"+k.Name+"-"+sum[:12])
 	if err := os.MkdirAll(folder, 0o755); err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -18,10 +19,10 @@ import (
 
 // Tests says which tests of a package run in a guest, and how.
 type Tests struct {
-	Run     string   // -test.run; "" runs all
-	Args    []string // further arguments of the test binary
-	Env     []string
-	Timeout time.Duration // of all of them (10 minutes)
+	Run     string        // -test.run; "" runs all
+	Args    []string      // further arguments of the test binary
+	Env     []string      // SOAK is handed on by itself
+	Timeout time.Duration // of all of them (10 minutes); ten times that with SOAK=1
 	// Skips names the tests that may skip themselves, with the reason why that is right
 	// on this kernel. Any other skip is a failure.
 	Skips map[string]string
@@ -31,8 +32,16 @@ type Tests struct {
 // and shows each as a subtest. No test at all is a failure.
 func (m *Machine) GoTest(pkg string, o Tests) {
 	m.t.Helper()
+	t, ok := m.t.(*testing.T)
+	if !ok {
+		m.t.Fatal("tests have no place in a benchmark")
+	}
 	if o.Timeout == 0 {
 		o.Timeout = 10 * time.Minute
+	}
+	if soak() {
+		o.Timeout *= 10
+		o.Env = append(slices.Clone(o.Env), "SOAK=1")
 	}
 	binary, dir := m.putTests(pkg)
 	args := []string{binary, "-test.v=test2json", "-test.timeout=" + o.Timeout.String()}
@@ -49,7 +58,7 @@ func (m *Machine) GoTest(pkg string, o Tests) {
 		m.t.Fatal(err)
 	}
 	for _, top := range report.tests {
-		top.replay(m.t, o.Skips)
+		top.replay(t, o.Skips)
 	}
 	switch {
 	case len(report.tests) == 0:
@@ -61,7 +70,7 @@ func (m *Machine) GoTest(pkg string, o Tests) {
 
 // progress logs the end of each test while the others go on.
 type progress struct {
-	t    *testing.T
+	t    testing.TB
 	line []byte
 }
 

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // transport is what the agent's channel and the disks need, built in or not.
@@ -44,14 +45,14 @@ func writeInitramfs(name, work string, k Kernel, c Config) error {
 	if err := t.addBusybox(); err != nil {
 		return err
 	}
-	agent := filepath.Join(work, "agent")
-	if err := goBuild(agent, "build", "./systemtest/vm/agent"); err != nil {
+	agent, err := buildProgram("./systemtest/vm/agent")
+	if err != nil {
 		return err
 	}
 	t.copyFile("init", agent)
 	if c.Backup {
-		program := filepath.Join(work, "dsync-backup")
-		if err := goBuild(program, "build", "./cmd/dsync-backup"); err != nil {
+		program, err := buildProgram("./cmd/dsync-backup")
+		if err != nil {
 			return err
 		}
 		t.copyFile("usr/bin/dsync-backup", program)
@@ -64,6 +65,25 @@ func writeInitramfs(name, work string, k Kernel, c Config) error {
 		return err
 	}
 	return errors.Join(t.archive(f), f.Close())
+}
+
+var building sync.Mutex
+
+// buildProgram builds a command of the project and returns its path. It stays, so that
+// go does not link it again for the next guest.
+func buildProgram(pkg string) (string, error) {
+	building.Lock()
+	defer building.Unlock()
+	root, err := Root()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(root, ".build/vm-programs")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	program := filepath.Join(dir, filepath.Base(pkg))
+	return program, goBuild(program, "build", pkg)
 }
 
 // goBuild runs go build or go test for a package of the project. What comes out

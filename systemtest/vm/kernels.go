@@ -47,12 +47,23 @@ func Check() error {
 	return nil
 }
 
-// Each runs a scenario as one subtest for each kernel of the table, named by it.
-// Kernels that are not there yet are fetched.
+// Each runs a scenario as one subtest for each kernel of the table, named by it, in
+// parallel with others: a guest keeps one processor busy, seldom two. Kernels that
+// are not there yet are fetched. A test calls Each once, and last.
 func Each(t *testing.T, scenario func(t *testing.T, k Kernel)) {
 	t.Helper()
-	for _, name := range table {
+	each(t, scenario, func(int) bool { return true })
+}
+
+func each(t *testing.T, scenario func(t *testing.T, k Kernel), chosen func(i int) bool) {
+	t.Helper()
+	t.Parallel()
+	for i, name := range table {
+		if !chosen(i) {
+			continue
+		}
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			k, err := Get(name)
 			if err != nil {
 				t.Fatal(err)
@@ -66,12 +77,11 @@ func Each(t *testing.T, scenario func(t *testing.T, k Kernel)) {
 // table in turn; with SOAK=1 it runs on each.
 func Turn(t *testing.T, n int, scenario func(t *testing.T, k Kernel)) {
 	t.Helper()
-	Each(t, func(t *testing.T, k Kernel) {
-		if os.Getenv("SOAK") == "1" || table[n%len(table)] == k.Name {
-			scenario(t, k)
-		}
-	})
+	each(t, scenario, func(i int) bool { return soak() || n%len(table) == i })
 }
+
+// soak reports that the long counts are asked for.
+func soak() bool { return os.Getenv("SOAK") != "" }
 
 // Get returns a kernel of the table, and fetches it first if need be.
 func Get(name string) (Kernel, error) {

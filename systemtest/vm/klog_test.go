@@ -69,7 +69,7 @@ func TestFaults(t *testing.T) {
 // A fault in a guest is found in the log that the guest wrote, whether it lives on or
 // not. The machines are not given to the end of a test, which would fail it.
 func TestFaultsOfGuests(t *testing.T) {
-	Each(t, func(t *testing.T, k Kernel) {
+	Turn(t, 1, func(t *testing.T, k Kernel) {
 		m := Start(t, k, Config{Allow: []Allow{{regexp.MustCompile(`made up by a test|Kernel panic`), "this test looks by itself"}}})
 		logged := func() string {
 			b, err := os.ReadFile(m.log)

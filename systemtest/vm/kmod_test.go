@@ -20,15 +20,8 @@ func TestKernelModule(t *testing.T) {
 			Disks:   []Disk{{Name: "data", Size: 64 << 20, Cache: "unsafe"}},
 		})
 		m.GoTest("./kernel/module/moduletest", Tests{
-			Run: os.Getenv("DSYNC_TEST_RUN"), Timeout: timeout(),
-			Env: []string{"DSYNC_TEST_DISK=" + m.Device("data"), "DSYNC_TEST_MODULE=" + file, "SOAK=" + os.Getenv("SOAK")},
+			Run: os.Getenv("DSYNC_TEST_RUN"), Timeout: 30 * time.Minute,
+			Env: []string{"DSYNC_TEST_DISK=" + m.Device("data"), "DSYNC_TEST_MODULE=" + file},
 		})
 	})
-}
-
-func timeout() time.Duration {
-	if d, err := time.ParseDuration(os.Getenv("DSYNC_TEST_TIMEOUT")); err == nil {
-		return d
-	}
-	return 30 * time.Minute
 }

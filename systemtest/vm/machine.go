@@ -27,7 +27,7 @@ const bootTime = 2 * time.Minute
 // from several goroutines, but for those that start or stop it; what may fail a
 // test belongs on the goroutine of that test.
 type Machine struct {
-	t *testing.T
+	t testing.TB
 	*state
 }
 
@@ -60,7 +60,7 @@ type guest struct {
 // Start makes a guest of kernel k and boots it. At the end of the test it is stopped
 // and its disks are removed; faults in the kernel's log fail the test; and if the
 // test has failed, the end of the log is shown.
-func Start(t *testing.T, k Kernel, c Config) *Machine {
+func Start(t testing.TB, k Kernel, c Config) *Machine {
 	t.Helper()
 	if err := Check(); err != nil {
 		t.Fatal(err)
@@ -85,7 +85,7 @@ func Start(t *testing.T, k Kernel, c Config) *Machine {
 }
 
 // In returns the same machine for a subtest t: what goes wrong fails t.
-func (m *Machine) In(t *testing.T) *Machine { return &Machine{t: t, state: m.state} }
+func (m *Machine) In(t testing.TB) *Machine { return &Machine{t: t, state: m.state} }
 
 func makeDisk(file string, d Disk) error {
 	f, err := os.Create(file)

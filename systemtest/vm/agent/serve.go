@@ -67,8 +67,9 @@ func serve() error {
 				_ = c.cmd.Process.Signal(syscall.Signal(m.Code))
 			}
 		case wire.Dump:
-			_ = os.WriteFile("/proc/sysrq-trigger", []byte("w"), 0)
+			// What is blocked comes last: the end of the log is what is shown.
 			_ = os.WriteFile("/proc/sysrq-trigger", []byte("l"), 0)
+			_ = os.WriteFile("/proc/sysrq-trigger", []byte("w"), 0)
 		}
 	}
 }
