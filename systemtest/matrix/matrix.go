@@ -10,6 +10,7 @@ import (
 	"os"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -44,11 +45,16 @@ func plain(s string) string {
 	return strings.ReplaceAll(s, "|", "/")
 }
 
+// checking: tests of several sections may run at once.
+var checking sync.Mutex
+
 // Check compares rows, in their order, with a section of the docs' file, which stands
 // between the lines "<!-- NAME -->" and "<!-- end -->". One that is not there yet is
 // written only when that is asked for.
 func Check(t testing.TB, file, name string, rows []Row) {
 	t.Helper()
+	checking.Lock()
+	defer checking.Unlock()
 	var b strings.Builder
 	b.WriteString("| what happened | next backup | why | the one after |\n|---|---|---|---|\n")
 	for _, r := range rows {
