@@ -42,8 +42,11 @@ func newScene(t *testing.T, k Kernel, kind string, modules ...string) *scene {
 	m := Start(t, k, Config{
 		Memory: 640, Backup: true, Monitor: true, Modules: modules, Tools: []string{"lvm", "dmsetup", "mkfs.ext4"},
 		Disks: []Disk{
-			{Name: "data", Size: sceneSize}, {Name: "keep", Size: 192 << 20, From: keepImage(t, 192<<20)},
-			{Name: "state", Size: 32 << 20}, {Name: "target", Size: sceneSize}, {Name: "lvm", Size: 2*sceneSize + 8<<20},
+			{Name: "data", Size: sceneSize},
+			{Name: "keep", Size: 192 << 20, From: keepImage(t, 192<<20)},
+			{Name: "state", Size: 32 << 20},
+			{Name: "target", Size: sceneSize},
+			{Name: "lvm", Size: 2*sceneSize + 8<<20},
 		},
 	})
 	s := &scene{Machine: m, t: t, kind: kind}
