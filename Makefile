@@ -28,14 +28,12 @@ demo: ## as root: track, back up, change and restore a loop device, and show the
 	@$(MAKE) --no-print-directory build
 	@tools/demo
 
-test: ## as root: install what the tests need, then run them all (SOAK=1: the long counts)
+test: ## as root: install what the tests need, then run all but test-vm (SOAK=1: the long counts)
 	@tools/install test
 	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
 	$(GO) vet ./...
-	$(GO) test -timeout 50m -p 1 $$($(GO) list ./... | grep -v '/systemtest/vm$$')
+	$(GO) test -timeout $(if $(SOAK),24h,60m) -p 1 $$($(GO) list ./... | grep -v '/systemtest/vm$$')
 	cd bench && $(GO) vet ./... && $(GO) test -p 1 ./...
-	@tools/kernels
-	$(VMTEST) ./systemtest/vm
 
 test-vm: ## the tests that need a kernel of their own, under QEMU (RUN=TestBoot/6.12: only that)
 	@tools/install test
