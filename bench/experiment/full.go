@@ -107,7 +107,8 @@ func (b *Bench) full(ctx context.Context, size int64) (err error) {
 			{
 				"dd oflag=direct",
 				func() error { _, err := host.Output(ctx, "dd", "if="+l.Disk.File, "of=/dev/null", "bs=1M"); return err },
-				host.Command{Args: []string{"dd", "if=" + l.Disk.File, "of=" + out, "bs=1M", "oflag=direct", "conv=fsync", "status=none"}}, clean,
+				host.Command{Args: []string{"dd", "if=" + l.Disk.File, "of=" + out, "bs=1M", "oflag=direct", "conv=fsync", "status=none"}},
+				clean,
 			},
 		}); err != nil {
 			return err

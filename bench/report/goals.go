@@ -135,7 +135,8 @@ func opening(rows result.Set) float64 {
 func cpu(rows result.Set) []Goal {
 	var out []Goal
 	for _, c := range []struct{ experiment, what, text string }{
-		{"fraction", "random 10 %", "scattered blocks (random 10 %)"}, {"fraction", "sequential 10 %", "blocks in a row (sequential 10 %)"},
+		{"fraction", "random 10 %", "scattered blocks (random 10 %)"},
+		{"fraction", "sequential 10 %", "blocks in a row (sequential 10 %)"},
 		{"full", "backup", "full backup"},
 	} {
 		g := Goal{2, "CPU seconds for a GiB of " + c.text + ": at most 1.25 × the sum of SHA-256, zstd, AES and Poly1305", "", Unknown}
