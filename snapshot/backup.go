@@ -231,7 +231,7 @@ func (b *backup) follow(ctx context.Context) {
 	}
 	b.compare()
 	if b.History == nil && b.sum.FallbackReason == "" && b.parent != nil && b.parent.Manifest.Position != nil {
-		b.sum.FallbackReason = fmt.Sprintf("snapshot %s was made with a tracker, but nothing tracks %s now (a reboot ends tracking): run `dsync-backup track start %s`",
+		b.sum.FallbackReason = fmt.Sprintf("snapshot %s was made with a tracker, but nothing tracks %s now (a reboot ends tracking that was not saved): run `dsync-backup track start %s`",
 			b.parent.Snapshot.Str(), b.Device.Path(), b.Device.Path())
 	}
 }
