@@ -30,7 +30,7 @@ type Status struct {
 	UUID        UUID   `json:"uuid"`
 	Epoch       uint64 `json:"epoch"` // the running one; the first is 1
 	BlockSize   int    `json:"block_size"`
-	DirtyBlocks int64  `json:"dirty_blocks"` // in the running epoch and in one not yet acknowledged
+	DirtyBlocks int64  `json:"dirty_blocks"` // of Tracker.Dirty; 0 until it was asked
 	Reliable    bool   `json:"reliable"`
 	Reason      string `json:"reason,omitempty"` // why it is not reliable
 }
@@ -41,8 +41,14 @@ type Status struct {
 type Tracker interface {
 	// Status also looks at whether the device is still the one that was
 	// attached, and whether anything was missed. It changes nothing but the
-	// reliable flag, which never turns true again within one UUID.
+	// reliable flag, which never turns true again within one UUID. What it costs
+	// does not grow with the device.
 	Status(ctx context.Context) (Status, error)
+
+	// Dirty counts the blocks that are marked in the running epoch and in one not
+	// yet acknowledged, each once, in time that may grow with the device. Of a
+	// history that is no longer there it is 0.
+	Dirty(ctx context.Context) (int64, error)
 
 	// Rotate ends the running epoch: from its return on, every write that is
 	// submitted, and every one that completes, is marked in the next epoch.

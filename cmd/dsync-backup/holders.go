@@ -40,7 +40,7 @@ const statusPatience = 5 * time.Second
 func describeTracker(ctx context.Context, g *globals, t trackers.Tracker) (trackerStatus, error) {
 	s := trackerStatus{Repositories: []holderStatus{}}
 	var err error
-	if s.Status, err = t.Status(ctx); err != nil {
+	if s.Status, err = counted(ctx, t); err != nil {
 		return s, err
 	}
 	holders, err := epochlog.Holders(g.stateDir, s.UUID)
@@ -80,6 +80,15 @@ func describeTracker(ctx context.Context, g *globals, t trackers.Tracker) (track
 		s.Repositories = append(s.Repositories, line)
 	}
 	return s, nil
+}
+
+// counted is a tracker's status with its dirty blocks.
+func counted(ctx context.Context, t kernel.Tracker) (kernel.Status, error) {
+	st, err := t.Status(ctx)
+	if err == nil {
+		st.DirtyBlocks, err = t.Dirty(ctx)
+	}
+	return st, err
 }
 
 // print writes a line for the tracker and one for each repository.

@@ -99,7 +99,7 @@ func trackStart(ctx context.Context, g *globals, path string, o resume.Options) 
 		return sayUse(err, path)
 	}
 	defer t.Close()
-	st, err := t.Status(ctx)
+	st, err := counted(ctx, t)
 	if err != nil {
 		return err
 	}

@@ -34,14 +34,24 @@ func (t *Tracker) Status(ctx context.Context) (kernel.Status, error) {
 		return st, nil
 	}
 	st.Epoch = s.Epoch
-	if st.DirtyBlocks = t.target.blocks(); s.PendingAll == 0 {
-		if st.DirtyBlocks, err = countUnion([2]*ebpf.Map{t.bits(0), t.bits(1)}, st.DirtyBlocks); err != nil {
-			return kernel.Status{}, err
-		}
-	}
 	st.Reason, err = t.judge(s)
 	st.Reliable = st.Reason == ""
 	return st, err
+}
+
+// Dirty counts marked blocks; see [kernel.Tracker].
+func (t *Tracker) Dirty(ctx context.Context) (int64, error) {
+	if err := ctx.Err(); err != nil || t.broken != "" {
+		return 0, err
+	}
+	s, err := loadState(t.stateMap())
+	if err != nil || s.UUID != t.uuid {
+		return 0, err
+	}
+	if s.PendingAll != 0 {
+		return t.target.blocks(), nil
+	}
+	return countUnion([2]*ebpf.Map{t.bits(0), t.bits(1)}, t.target.blocks())
 }
 
 // judge says why the tracker is not reliable, or nothing. The first reason

@@ -191,6 +191,9 @@ func wantBlocks(t testing.TB, b *kernel.Bitmap, blocks ...int64) {
 func status(t testing.TB, tr *Tracker) kernel.Status {
 	t.Helper()
 	st, err := tr.Status(noContext)
+	if err == nil {
+		st.DirtyBlocks, err = tr.Dirty(noContext)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -29,21 +29,25 @@ func (t *Tracker) Status(ctx context.Context) (kernel.Status, error) {
 		return kernel.Status{}, err
 	}
 	st.Device, st.Epoch = t.Device(), r.epoch
-	if st.DirtyBlocks, err = t.dirty(ctx, r); err != nil {
-		return kernel.Status{}, err
-	}
 	st.Reason, err = t.inspect(ctx, r)
 	st.Reliable = st.Reason == ""
 	return st, err
 }
 
-// dirty counts the blocks of the running and of the pending epoch, each once.
-func (t *Tracker) dirty(ctx context.Context, r record) (int64, error) {
+// Dirty counts marked blocks; see [kernel.Tracker].
+func (t *Tracker) Dirty(ctx context.Context) (int64, error) {
+	r, err := t.look(ctx)
+	if errors.Is(err, kernel.ErrNotTracked) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
 	if r.dirty == 0 || r.pendingDirty == 0 {
 		return r.dirty + r.pendingDirty, nil
 	}
 	active, frozen := kernel.NewBitmap(r.blocks), kernel.NewBitmap(r.pendingBlocks)
-	err := errors.Join(addBits(r.dir, fileActive, active), addBits(r.dir, fileFrozen, frozen))
+	err = errors.Join(addBits(r.dir, fileActive, active), addBits(r.dir, fileFrozen, frozen))
 	if after, lookErr := t.look(ctx); lookErr != nil || !r.sameEpochs(after) {
 		return max(r.dirty, r.pendingDirty), lookErr // an epoch ended meanwhile
 	}
