@@ -11,7 +11,8 @@ SPARSE = $(if $(shell command -v sparse),2,0)
 KREL = $(shell cut -d'"' -f2 $(KDIR)/include/generated/utsrelease.h)
 DKMS_SRC := /usr/src/dm-dsync-1.0.0
 # Two guests at a time: each keeps one processor busy, and has up to 2 GiB of memory.
-VMTEST = $(GO) test -timeout $(if $(SOAK),24h,60m) -parallel 2
+VMTEST = $(GO) test -timeout $(if $(SOAK),48h,85m) -parallel 2
+HOSTTEST = $(GO) test -timeout $(if $(SOAK),48h,85m) -p 1
 export GOFLAGS := -buildvcs=false
 export GOTOOLCHAIN := auto
 
@@ -28,14 +29,27 @@ demo: ## as root: track, back up, change and restore a loop device, and show the
 	@$(MAKE) --no-print-directory build
 	@tools/demo
 
-test: ## as root: install what the tests need, then run all but test-vm (SOAK=1: the long counts)
+test: ## as root: install what the tests need, then run them (SOAK=1: the long counts)
 	@tools/install test
+	@tools/kernels
 	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
 	$(GO) vet ./...
-	$(GO) test -timeout $(if $(SOAK),24h,60m) -p 1 $$($(GO) list ./... | grep -v '/systemtest/vm$$')
-	cd bench && $(GO) vet ./... && $(GO) test -p 1 ./...
+	cd bench && $(GO) vet ./...
+	@$(MAKE) --no-print-directory -j2 --output-sync=line host-tests guest-tests
 
-test-vm: ## the tests that need a kernel of their own, under QEMU (RUN=TestBoot/6.12: only that)
+# The host's tests wait a good deal, for disks and processes: guests have the time meanwhile.
+host-tests:
+	$(HOSTTEST) $$($(GO) list ./... | grep -v '/systemtest/vm$$')
+	cd bench && $(HOSTTEST) ./...
+
+guest-tests:
+	nice -n 5 $(VMTEST) ./systemtest/vm
+
+test-host: ## as root: only the tests that need no kernel of their own
+	@tools/install test
+	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio host-tests
+
+test-vm: ## only the tests that need a kernel of their own, under QEMU (RUN=TestBoot/6.12: only that)
 	@tools/install test
 	@tools/kernels
 	$(VMTEST) -v $(if $(RUN),-run '$(RUN)') ./systemtest/vm
@@ -98,4 +112,4 @@ $(BUILD)/golangci-lint: tools/lint/go.mod
 $(BUILD)/gofumpt: tools/lint/go.mod
 	cd tools/lint && $(GO) build -o ../../$@ mvdan.cc/gofumpt
 
-.PHONY: help build demo test test-vm lint generate kmod install-dkms bench microbench bench-vm clean
+.PHONY: help build demo test test-host host-tests guest-tests test-vm lint generate kmod install-dkms bench microbench bench-vm clean
