@@ -35,7 +35,7 @@ test: ## as root: install what the tests need, then run them (SOAK=1: the long c
 	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
 	$(GO) vet ./...
 	cd bench && $(GO) vet ./...
-	@$(MAKE) --no-print-directory -j2 --output-sync=line host-tests guest-tests
+	@$(MAKE) --no-print-directory -j2 host-tests guest-tests
 
 # The host's tests wait a good deal, for disks and processes: guests have the time meanwhile.
 host-tests:
