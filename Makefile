@@ -29,7 +29,15 @@ demo: ## as root: track, back up, change and restore a loop device, and show the
 	@$(MAKE) --no-print-directory build
 	@tools/demo
 
-test: ## as root: install what the tests need, then run them (SOAK=1: the long counts)
+test: ## as root: install what the tests need, then run all but test-vm (SOAK=1: the long counts)
+	@tools/install test
+	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
+	$(GO) vet ./...
+	cd bench && $(GO) vet ./...
+	@$(MAKE) --no-print-directory host-tests
+
+# The host's tests wait a good deal, for disks and processes: guests have the time meanwhile.
+test-all: ## as root: test and test-vm, side by side
 	@tools/install test
 	@tools/kernels
 	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
@@ -37,7 +45,6 @@ test: ## as root: install what the tests need, then run them (SOAK=1: the long c
 	cd bench && $(GO) vet ./...
 	@$(MAKE) --no-print-directory -j2 host-tests guest-tests
 
-# The host's tests wait a good deal, for disks and processes: guests have the time meanwhile.
 host-tests:
 	$(HOSTTEST) $$($(GO) list ./... | grep -v '/systemtest/vm$$')
 	cd bench && $(HOSTTEST) ./...
@@ -45,11 +52,7 @@ host-tests:
 guest-tests:
 	nice -n 5 $(VMTEST) ./systemtest/vm
 
-test-host: ## as root: only the tests that need no kernel of their own
-	@tools/install test
-	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio host-tests
-
-test-vm: ## only the tests that need a kernel of their own, under QEMU (RUN=TestBoot/6.12: only that)
+test-vm: ## the tests that need a kernel of their own, under QEMU (RUN=TestBoot/6.12: only that)
 	@tools/install test
 	@tools/kernels
 	$(VMTEST) -v $(if $(RUN),-run '$(RUN)') ./systemtest/vm
@@ -112,4 +115,4 @@ $(BUILD)/golangci-lint: tools/lint/go.mod
 $(BUILD)/gofumpt: tools/lint/go.mod
 	cd tools/lint && $(GO) build -o ../../$@ mvdan.cc/gofumpt
 
-.PHONY: help build demo test test-host host-tests guest-tests test-vm lint generate kmod install-dkms bench microbench bench-vm clean
+.PHONY: help build demo test test-all host-tests guest-tests test-vm lint generate kmod install-dkms bench microbench bench-vm clean
