@@ -79,9 +79,11 @@ func TestABlockCopiedTwiceIsInTheLayerOnce(t *testing.T) {
 		t.Errorf("an incremental backup: %+v, want %d read and %d dirty", s, read, described)
 	}
 	// Where the full backup was cut is up to the repository's polynomial: a blob
-	// may lie so that little of it is live now, and is copied forward.
-	if st := w.newestLayer(s.SnapshotID); st.DataBytes+st.ZeroBytes != described+s.CopiedForwardBytes || st.Parts != 1 {
-		t.Errorf("the layer describes %+v, want %d bytes and %d copied forward", st, described, s.CopiedForwardBytes)
+	// may lie so that little of it is live now, and is copied forward. Some of that
+	// may be the layer's own.
+	st := w.newestLayer(s.SnapshotID)
+	if n := st.DataBytes + st.ZeroBytes - described; n < 0 || n > s.CopiedForwardBytes || st.Parts != 1 {
+		t.Errorf("the layer describes %+v, want %d bytes and at most %d copied forward", st, described, s.CopiedForwardBytes)
 	}
 	w.holdsTruth(s, truth)
 
