@@ -29,20 +29,18 @@ demo: ## as root: track, back up, change and restore a loop device, and show the
 	@$(MAKE) --no-print-directory build
 	@tools/demo
 
-test: ## as root: install what the tests need, then run all but test-vm (SOAK=1: the long counts)
+ready:
 	@tools/install test
 	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
 	$(GO) vet ./...
 	cd bench && $(GO) vet ./...
+
+test: ready ## as root: install what the tests need, then run all but test-vm (SOAK=1: the long counts)
 	@$(MAKE) --no-print-directory host-tests
 
 # The host's tests wait a good deal, for disks and processes: guests have the time meanwhile.
-test-all: ## as root: test and test-vm, side by side
-	@tools/install test
+test-all: ready ## as root: test and test-vm, side by side
 	@tools/kernels
-	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
-	$(GO) vet ./...
-	cd bench && $(GO) vet ./...
 	@$(MAKE) --no-print-directory -j2 host-tests guest-tests
 
 host-tests:
@@ -115,4 +113,4 @@ $(BUILD)/golangci-lint: tools/lint/go.mod
 $(BUILD)/gofumpt: tools/lint/go.mod
 	cd tools/lint && $(GO) build -o ../../$@ mvdan.cc/gofumpt
 
-.PHONY: help build demo test test-all host-tests guest-tests test-vm lint generate kmod install-dkms bench microbench bench-vm clean
+.PHONY: help build demo ready test test-all host-tests guest-tests test-vm lint generate kmod install-dkms bench microbench bench-vm clean

@@ -67,10 +67,8 @@ func (h *hostile) run(command string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Unlock()) }()
-	if ctx = l.Context(); command != "backup" {
-		err = r.LoadIndex(ctx)
-	}
-	if err == nil {
+	ctx = l.Context()
+	if err = r.LoadIndex(ctx); err == nil {
 		err = map[string]func(context.Context, *repo.Repository) error{
 			"backup": h.save, "restore": h.write, "prune": h.free,
 		}[command](ctx, r)
@@ -87,9 +85,6 @@ func (h *hostile) save(ctx context.Context, r *repo.Repository) error {
 		return err
 	}
 	defer dev.Close()
-	if err := r.LoadIndex(ctx); err != nil {
-		return err
-	}
 	still := func() error { return nil }
 	_, err = snapshot.Backup(ctx, r, snapshot.Options{
 		Device: dev, Name: "/disk", Host: "here", Time: time.Now(),
