@@ -225,6 +225,9 @@ func TestAHistoryGoesOn(t *testing.T) {
 		t.Errorf("%d dirty blocks, %v", n, err)
 	}
 	again := d.write()
+	if n, err := s.Dirty(t.Context()); n != 1 || err != nil {
+		t.Errorf("%d dirty blocks after one was written, %v", n, err)
+	}
 	log, err := epochlog.Open(t.Context(), s, d.state)
 	if err != nil {
 		t.Fatal(err)
