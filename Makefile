@@ -35,13 +35,13 @@ ready:
 	$(GO) vet ./...
 	cd bench && $(GO) vet ./...
 
-test: ready ## as root: install what the tests need, then run all but test-vm (SOAK=1: the long counts)
-	@$(MAKE) --no-print-directory host-tests
-
 # The host's tests wait a good deal, for disks and processes: guests have the time meanwhile.
-test-all: ready ## as root: test and test-vm, side by side
+test: ready ## as root: install what the tests need, then run them all (SOAK=1: the long counts)
 	@tools/kernels
 	@$(MAKE) --no-print-directory -j2 host-tests guest-tests
+
+test-host: ready ## as root: the tests that need no kernel of their own
+	@$(MAKE) --no-print-directory host-tests
 
 host-tests:
 	$(HOSTTEST) $$($(GO) list ./... | grep -v '/systemtest/vm$$')
@@ -113,4 +113,4 @@ $(BUILD)/golangci-lint: tools/lint/go.mod
 $(BUILD)/gofumpt: tools/lint/go.mod
 	cd tools/lint && $(GO) build -o ../../$@ mvdan.cc/gofumpt
 
-.PHONY: help build demo ready test test-all host-tests guest-tests test-vm lint generate kmod install-dkms bench microbench bench-vm clean
+.PHONY: help build demo ready test test-host host-tests guest-tests test-vm lint generate kmod install-dkms bench microbench bench-vm clean

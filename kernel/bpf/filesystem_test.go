@@ -52,7 +52,7 @@ func TestNoChangeUnderAFileSystemOnMappedIsMissed(t *testing.T) {
 				})
 			}
 			var before []uint64
-			for range guestCount(4) {
+			for range guestCount(3) {
 				run(t, "fsfreeze", "-f", mount)
 				epoch := rotate(t, tr)
 				now := hashBlocks(t, m.device, size)

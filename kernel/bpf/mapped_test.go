@@ -167,7 +167,7 @@ func eachMapped(t *testing.T, sectors uint64, test func(t *testing.T, m mapped))
 
 func TestMappedBitmapEqualsAlignedDirectWrites(t *testing.T) {
 	eachMapped(t, 64<<11+1, func(t *testing.T, m mapped) {
-		testAlignedWrites(t, m.device, int64(dmtest.Sectors(t, m.device))*512, int(guestCount(20)))
+		testAlignedWrites(t, m.device, int64(dmtest.Sectors(t, m.device))*512, int(guestCount(8)))
 	})
 }
 
@@ -213,19 +213,19 @@ func trackWith(t testing.TB, device string, o Options) *Tracker {
 // TestNoChangeOfMappedIsMissed is the superset property on each kind of device,
 // which is suspended and resumed, and gets its table anew, under the load.
 func TestNoChangeOfMappedIsMissed(t *testing.T) {
-	const blocks = 1 << 13 // 32 MiB
+	const blocks = 1 << 12 // 16 MiB
 	eachMapped(t, blocks*8, func(t *testing.T, m mapped) {
 		patient := slices.Contains([]string{"delay", "crypt", "thin"}, filepath.Base(t.Name()))
 		(&superset{
 			device: m.device, blocks: blocks, patient: patient, pastCache: blocks / 8 * 7,
-			count: guestCount(1000), rotations: guestCount(20), alone: true, disturb: m.disturb,
+			count: guestCount(600), rotations: guestCount(20), alone: true, disturb: m.disturb,
 		}).run(t)
 	})
 }
 
 func guestCount(n int64) int64 {
 	if os.Getenv("SOAK") != "" {
-		return n * 10
+		return n * 3
 	}
 	return n
 }

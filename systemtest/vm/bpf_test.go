@@ -36,4 +36,4 @@ func TestBPFTracker(t *testing.T) {
 	})
 }
 
-const mappedShort = "MappedProgramsLoad|MappedMarksEveryKindOfWrite|MappedBitmapEquals|NoChangeOfVirtioDisk|LogicalVolume"
+const mappedShort = "MappedProgramsLoad|MappedMarksEveryKindOfWrite|MappedBitmapEquals|NoChangeOfVirtioDisk"

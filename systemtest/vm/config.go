@@ -37,6 +37,10 @@ type Config struct {
 	// Monitor lets the scenario save the guest's memory and revert to it.
 	Monitor bool
 
+	// Counted makes the guest's clock go by the instructions that it has run, one a
+	// nanosecond, on one processor: what takes it so long takes as long on any host.
+	Counted bool
+
 	// Cmdline is added to the kernel's command line.
 	Cmdline string
 	// Timeout is how long one command may take (3 minutes).
@@ -71,6 +75,9 @@ func (c *Config) defaults() {
 	}
 	if c.CPUs == 0 {
 		c.CPUs = 2
+	}
+	if c.Counted {
+		c.CPUs = 1
 	}
 	if c.Timeout == 0 {
 		c.Timeout = 3 * time.Minute

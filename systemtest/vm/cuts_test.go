@@ -29,7 +29,7 @@ done
 // and each backup is what the device holds.
 func TestPowerCutsAnywhere(t *testing.T) {
 	cuts := 5 // of each kind
-	if os.Getenv("SOAK") == "1" {
+	if soak() {
 		cuts = 25
 	}
 	seed := uint64(time.Now().UnixNano())

@@ -74,10 +74,10 @@ func each(t *testing.T, scenario func(t *testing.T, k Kernel), chosen func(i int
 }
 
 // Turn runs one of several like scenarios on one kernel, the n-th on the n-th of the
-// table in turn; with SOAK=1 it runs on each.
+// table in turn; with KERNELS=all it runs on each.
 func Turn(t *testing.T, n int, scenario func(t *testing.T, k Kernel)) {
 	t.Helper()
-	each(t, scenario, func(i int) bool { return soak() || n%len(table) == i })
+	each(t, scenario, func(i int) bool { return os.Getenv("KERNELS") == "all" || n%len(table) == i })
 }
 
 // soak reports that the long counts are asked for.

@@ -265,9 +265,13 @@ const processor = "Nehalem,cx16=off,+rdrand"
 // arguments returns QEMU's command line.
 func (m *Machine) arguments(log, socket string) []string {
 	c := m.config
+	accel := "tcg,thread=multi"
+	if c.Counted {
+		accel = "tcg,thread=single"
+	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-		"-M", "pc", "-accel", "tcg,thread=multi", "-cpu", processor,
+		"-M", "pc", "-accel", accel, "-cpu", processor,
 		"-smp", fmt.Sprint(c.CPUs), "-m", fmt.Sprint(c.Memory),
 		"-kernel", m.kernel.Image(), "-initrd", m.file("initramfs"),
 		"-append", strings.TrimSpace("console=ttyS0 ignore_loglevel panic=-1 oops=panic mitigations=off random.trust_cpu=on" +
@@ -277,6 +281,9 @@ func (m *Machine) arguments(log, socket string) []string {
 		"-device", "virtio-serial-pci",
 		"-chardev", "socket,id=agent,path=" + socket,
 		"-device", "virtserialport,chardev=agent,name=" + wire.Port,
+	}
+	if c.Counted {
+		args = append(args, "-icount", "shift=0,sleep=off")
 	}
 	for i, d := range c.Disks {
 		drive := fmt.Sprintf("if=none,id=d%d,format=raw,file=%s,cache=%s", i, m.DiskFile(d.Name), either(d.Cache, "writeback"))

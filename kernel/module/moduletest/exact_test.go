@@ -28,7 +28,7 @@ func TestTheBitmapEqualsTheModel(t *testing.T) {
 	blocks := kernel.BlocksOf(size)
 	rounds := 6
 	if os.Getenv("SOAK") != "" {
-		rounds = 100
+		rounds = 50
 	}
 	for round := range rounds {
 		model := kernel.NewBitmap(blocks)

@@ -25,7 +25,7 @@ func superset(t *testing.T, d device, below string, disturb func(i int, rng *ran
 	const blocks, writers = 4096, 8
 	pauses, turns := 2, 5
 	if os.Getenv("SOAK") != "" {
-		pauses, turns = 60, 30
+		pauses, turns = 12, 20
 	}
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
