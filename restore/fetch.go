@@ -39,7 +39,8 @@ type sink interface {
 type fetcher struct {
 	chain    *chain
 	parallel int
-	kept     *blobCache // if set, for blobs that the next window needs as well
+	loads    chan struct{} // holds one for each load in flight, of all fetches together
+	kept     *blobCache    // if set, for blobs that the next window needs as well
 	bytes    atomic.Int64
 	// bad is told of a blob of which no good copy is left, from many
 	// goroutines. Its error ends the fetch.
@@ -48,7 +49,8 @@ type fetcher struct {
 
 func newFetcher(c *chain) *fetcher {
 	n := max(c.store.Backend().Connections(), runtime.GOMAXPROCS(0))
-	return &fetcher{chain: c, parallel: min(n, maxFetches)}
+	n = min(n, maxFetches)
+	return &fetcher{chain: c, parallel: n, loads: make(chan struct{}, n)}
 }
 
 // batchOf is blobs of one pack.
@@ -68,7 +70,15 @@ func (f *fetcher) fetch(ctx context.Context, w *window, needs []need, pick func(
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(f.parallel)
 	for _, p := range f.split(packs) {
-		g.Go(func() error { return f.load(ctx, w, p, newSink()) })
+		g.Go(func() error {
+			select {
+			case f.loads <- struct{}{}:
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+			defer func() { <-f.loads }()
+			return f.load(ctx, w, p, newSink())
+		})
 	}
 	return g.Wait()
 }

@@ -16,6 +16,9 @@ import (
 // the device.
 const sliceBytes = 32 << 20
 
+// slicesAhead is how many slices are fetched at a time.
+const slicesAhead = 4
+
 // hold keeps blocks of blobs that are scattered over the device until the
 // blocks before them are written, so that both are one write: else a few
 // thousand small changes would cut a device's long runs into as many small
@@ -100,38 +103,53 @@ func (h holder) blob(segs []segment, plain []byte) error {
 
 // writeBlobs fetches and writes the data of a window. It goes through the
 // blobs in the order in which the device needs them first: of every slice,
-// what is scattered is fetched before the rest, as far as it can be held.
+// what is scattered is fetched before the rest, as far as it can be held. Slices
+// overlap, so that the store, the processors and the target need not wait for the
+// last blob of one before they go on with the next.
 func (r *restore) writeBlobs(ctx context.Context, w *window) error {
 	h := &hold{pieces: map[int64][]byte{}, limit: r.limits.hold}
 	cuts := w.slices()
-	for i := -1; i < len(cuts); i++ {
-		g, ctx := errgroup.WithContext(ctx)
+	g, ctx := errgroup.WithContext(ctx)
+	room := make(chan struct{}, slicesAhead)
+	before := make(chan struct{}) // closed when all slices before this one are written
+	close(before)
+	for i, cut := range cuts {
+		select {
+		case room <- struct{}{}:
+		case <-ctx.Done():
+			return g.Wait()
+		}
+		err := r.fetch.fetch(ctx, w, cut, scattered, func() sink { return holder{&batcher{ctx: ctx, w: r.w}, h} })
+		if err != nil {
+			g.Go(func() error { return err })
+			return g.Wait()
+		}
 		end := w.runs[len(w.runs)-1].End()
 		if i+1 < len(cuts) {
-			next := cuts[i+1]
-			end = next[0].segs[0].off
-			g.Go(func() error {
-				return r.fetch.fetch(ctx, w, next, scattered, func() sink { return holder{&batcher{ctx: ctx, w: r.w}, h} })
-			})
+			end = cuts[i+1][0].segs[0].off
 		}
+		prior, written := before, make(chan struct{})
+		before = written
 		g.Go(func() error {
-			if i >= 0 {
-				err := r.fetch.fetch(ctx, w, cuts[i], dense, func() sink { return &batcher{ctx: ctx, w: r.w, follow: h} })
-				if err != nil {
-					return err
-				}
+			err := r.fetch.fetch(ctx, w, cut, dense, func() sink { return &batcher{ctx: ctx, w: r.w, follow: h} })
+			if err != nil {
+				return err
+			}
+			select {
+			case <-prior:
+			case <-ctx.Done():
+				return context.Cause(ctx)
 			}
 			rest := &batcher{ctx: ctx, w: r.w}
 			if err := h.before(end, rest.put); err != nil {
 				return err
 			}
+			close(written)
+			<-room
 			return rest.close()
 		})
-		if err := g.Wait(); err != nil {
-			return err
-		}
 	}
-	return nil
+	return g.Wait()
 }
 
 func dense(n *need) bool { return !scattered(n) }

@@ -34,6 +34,9 @@ import (
 // work with: each Save waits for two syncs.
 const DefaultConnections = 4
 
+// aheadBytes is what the kernel reads ahead of its own.
+const aheadBytes = 128 << 10
+
 // Options of a local store; the zero value is usable.
 type Options struct {
 	Connections int // 0: DefaultConnections
@@ -254,6 +257,10 @@ func (b *Backend) Load(ctx context.Context, h backend.Handle, length int, offset
 		}
 		if length < 0 || offset < 0 || n < 0 || offset > fi.Size()-n {
 			return backend.OutOfRange(length, offset, fi.Size())
+		}
+		if n > aheadBytes {
+			// All of it is wanted: the disk need not wait until it is asked for.
+			_ = unix.Fadvise(int(f.Fd()), offset, n, unix.FADV_WILLNEED)
 		}
 		return consumed(fn(backend.ExactReader(io.NewSectionReader(f, offset, n), n)))
 	})
