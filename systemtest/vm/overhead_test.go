@@ -68,8 +68,8 @@ func overhead(b *testing.B, m *Machine, name, below string, size int64, pairs in
 	}
 	for _, rw := range []string{"randwrite", "write"} {
 		var ratios []float64
+		rate := map[string]float64{}
 		for range pairs {
-			rate := map[string]float64{}
 			for _, target := range targets {
 				rate[target] = fio(b, m, name+"-"+target, rw)
 			}
@@ -77,7 +77,7 @@ func overhead(b *testing.B, m *Machine, name, below string, size int64, pairs in
 			ratios = append(ratios, rate["dsync"]/rate["linear"])
 		}
 		slices.Sort(ratios)
-		b.Logf("%s %s: %.3f", name, rw, ratios)
+		b.Logf("%s %s: %.4f; at last %.0f and %.0f writes a second", name, rw, ratios, rate["linear"], rate["dsync"])
 		b.ReportMetric(ratios[len(ratios)/2], name+"-"+rw+"-ratio")
 	}
 }
