@@ -71,6 +71,9 @@ func (p *plan) decide(ctx context.Context) error {
 		return err
 	}
 	p.choosePacks()
+	if p.sum.Duplicate.Count > 0 {
+		return p.countCopies(ctx)
+	}
 	return nil
 }
 
@@ -141,6 +144,23 @@ func (p *plan) chooseCopies(ctx context.Context) error {
 		p.sum.Used.add(size)
 		p.sum.Duplicate.sub(size)
 		p.chosen.Set(at.Position)
+		return nil
+	})
+}
+
+// countCopies corrects what stays unused, now that the fates are settled: a blob whose
+// copy that counts would go to a new pack does not, if another copy stays where it is, and
+// that one is then used.
+func (p *plan) countCopies(ctx context.Context) error {
+	return p.catalog.EachBlob(ctx, func(_ repo.BlobHandle, places []repo.Place) error {
+		if len(places) == 1 || !p.marks.used.Has(places[0].Position) {
+			return nil
+		}
+		stays := slices.IndexFunc(places, func(at repo.Place) bool { return p.packs[at.Pack].fate == keep })
+		counts := slices.IndexFunc(places, func(at repo.Place) bool { return p.chosen.Has(at.Position) })
+		if stays >= 0 && counts >= 0 && p.packs[places[counts].Pack].fate == repack {
+			p.sum.UnusedAfter -= int64(places[stays].Length)
+		}
 		return nil
 	})
 }
