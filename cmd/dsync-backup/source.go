@@ -76,7 +76,9 @@ func openSource(ctx context.Context, g *globals, f *backupFlags, p *progress, pa
 	case use.Empty():
 		// Claimed, so that it stays that way.
 		d.Close()
-		s.device, err = device.Open(path, device.Options{Exclusive: true})
+		if s.device, err = device.Open(path, device.Options{Exclusive: true}); err != nil {
+			return nil, err // another one claimed it in between
+		}
 		s.instant = snapshot.Still(snapshot.PointInTimeUnmounted)
 	case s.suspendable(f):
 		err = s.inUse(ctx, g, f, p, use)

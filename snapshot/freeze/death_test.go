@@ -221,7 +221,7 @@ func TestTerminatedWatchdogThaws(t *testing.T) {
 // deadline: the parent does.
 func TestStoppedWatchdogIsOverruled(t *testing.T) {
 	dev, dir := fileSystem(t, "ext4")
-	f := start(t, dev, Options{MaxFreeze: 100 * time.Millisecond})
+	f := start(t, dev, Options{MaxFreeze: time.Second})
 	if err := f.Freeze(t.Context()); err != nil {
 		t.Fatal(err)
 	}
