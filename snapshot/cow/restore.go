@@ -100,8 +100,14 @@ func (s *Snapshot) unstack(ctx context.Context, origin devmapper.Info) error {
 	if err := s.move(below[0]); err != nil {
 		return err
 	}
-	// The file system need not be at rest: no I/O is lost by a suspension.
+	// The kernel suspends it for the new table and lets it go on in one call: killed in it,
+	// which no watchdog looks after, this process leaves nothing suspended. The file system need
+	// not be at rest: no I/O is lost by a suspension.
 	s.suspended = true
-	err = devmapper.Suspend(ctx, s.name, devmapper.SuspendOptions{SkipLockFS: true})
-	return errors.Join(err, s.Resume(ctx))
+	err = devmapper.Resume(ctx, s.name, devmapper.ResumeOptions{SuspendOptions: devmapper.SuspendOptions{SkipLockFS: true}, NoNode: true})
+	if err != nil {
+		return errors.Join(fmt.Errorf("put %s back onto the device beneath: %w", s.tracker.Device(), err), s.Resume(ctx))
+	}
+	s.suspended = false
+	return nil
 }
