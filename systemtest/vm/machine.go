@@ -33,11 +33,12 @@ type Machine struct {
 
 // state is what the views of one machine share (see Machine.In).
 type state struct {
-	kernel Kernel
-	config Config
-	dir    string // initramfs, disks, logs
-	boots  int
-	*guest // the running one, nil if it is off
+	kernel  Kernel
+	config  Config
+	dir     string // initramfs, disks, logs
+	boots   int
+	crashed bool // QEMU did, in the newest boot
+	*guest       // the running one, nil if it is off
 }
 
 // guest is one life of a machine, from boot to end.
@@ -135,7 +136,7 @@ func (m *Machine) Boot() {
 	m.boots++
 	g, err := m.boot(nil)
 	for tries := 1; err != nil && tries < 3 && m.brokenEmulation(); tries++ {
-		m.t.Logf("boot kernel %s once more: the emulator ran an instruction of the kernel while that was replaced", m.kernel.Name)
+		m.t.Logf("boot kernel %s once more: the emulation broke: %v", m.kernel.Name, err)
 		g, err = m.boot(nil)
 	}
 	if err != nil {
@@ -154,11 +155,14 @@ func (m *Machine) Boot() {
 	}
 }
 
-// brokenEmulation reports whether the kernel of a boot that failed died of a break
-// point of its own: it replaces instructions of its text under one, and QEMU 7.2's
-// emulation of several processors now and then runs it when it is gone. That happens
-// while the kernel begins, before anything of ours runs.
+// brokenEmulation reports whether a boot failed for no fault of its kernel: QEMU itself
+// crashed, or the kernel died of a break point of its own. It replaces instructions of its
+// text under one, and QEMU 7.2's emulation of several processors now and then runs it when
+// it is gone. That happens while the kernel begins, before anything of ours runs.
 func (m *Machine) brokenEmulation() bool {
+	if m.crashed {
+		return true
+	}
 	b, err := os.ReadFile(m.file(fmt.Sprintf("kernel-%d.log", m.boots)))
 	return err == nil && strings.Contains(string(b), "Oops: int3")
 }
@@ -214,8 +218,10 @@ func (m *Machine) boot(saved *Memory) (*guest, error) {
 		_ = listener.Close()
 	}()
 	fail := func(err error) (*guest, error) {
-		_ = g.qemu.Process.Kill()
+		_ = g.qemu.Process.Kill() // too late for one that crashed
 		<-g.dead
+		status, _ := g.qemu.ProcessState.Sys().(syscall.WaitStatus)
+		m.crashed = status.Signaled() && status.Signal() != syscall.SIGKILL
 		faults, _ := m.faults(log)
 		return nil, fmt.Errorf("%w\n%s%s%s", err, g.said, faults, m.tail(log))
 	}
