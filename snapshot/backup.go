@@ -97,6 +97,8 @@ type backup struct {
 	sum     Summary
 	started time.Time
 
+	generations *Generations // of the chain
+
 	changed   int64 // bytes that the backup's own layer describes
 	forwarded int64 // bytes of new blobs that hold what was copied forward
 

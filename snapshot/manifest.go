@@ -47,6 +47,9 @@ type Manifest struct {
 	// SumKey is the key of all sums of the chain.
 	SumKey SumKey `json:"sum_key"`
 
+	// Generations say which layers hold what was written lately; nil if none do.
+	Generations *Generations `json:"generations,omitempty"`
+
 	// Layers is the ID of the tree beside this file. It tells a tree that
 	// somebody repaired from the one that was written.
 	Layers repo.ID `json:"layers"`

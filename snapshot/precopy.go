@@ -152,6 +152,9 @@ func (p *precopy) round(ctx context.Context, first bool) error {
 	p.meter.restart()
 	o := p.layerOptions(p.meter.of(source{p.Device, ctx}), ranges)
 	o.Expected = expected
+	if o.Young, err = p.openYoung(ctx); err != nil {
+		return err
+	}
 	res, err := layer.Write(ctx, p.stage, o)
 	if err != nil {
 		return err
@@ -204,6 +207,9 @@ func (p *precopy) last(ctx context.Context) error {
 			return release()
 		}
 		o.Expected, o.AfterRead = expected, release
+		if o.Young, err = p.openYoung(ctx); err != nil {
+			return err
+		}
 		res, err := layer.Write(ctx, p.stage, o)
 		p.add(res)
 		return err
@@ -212,6 +218,9 @@ func (p *precopy) last(ctx context.Context) error {
 		return err
 	}
 	o.Source = rest
+	if o.Young, err = p.openYoung(ctx); err != nil {
+		return err
+	}
 	res, err := layer.Write(ctx, p.stage, o)
 	if err != nil {
 		return err

@@ -66,7 +66,7 @@ func (b *backup) save(ctx context.Context, res layer.Result) (*Summary, error) {
 	if err != nil {
 		return nil, err
 	}
-	m.Layers = layers
+	m.Layers, m.Generations = layers, b.generations
 	root, err := b.saveRoot(ctx, m)
 	if err != nil {
 		return nil, err

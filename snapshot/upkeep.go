@@ -25,7 +25,9 @@ type link struct {
 type chain struct {
 	from  layer.Loader
 	links []link
-	merge func(ctx context.Context, links []link) (*repo.ID, error)
+	// merge makes one layer of some, or of what the oldest of them still gives if left is
+	// set, and returns how many bytes of the device it describes.
+	merge func(ctx context.Context, links []link, left bool) (tree *repo.ID, holds int64, err error)
 	// forward makes another layer, or none, to be merged on top of the newest
 	// ones that it is given.
 	forward func(ctx context.Context, links []link) (*repo.ID, error)
@@ -36,49 +38,8 @@ type chain struct {
 // change as well.
 const lookBack = 64
 
-// shorten merges the newest layers as long as the next older one is not much
-// heavier than they are together, so that each block's metadata is written again
-// only a logarithmic number of times; and then, if there still are too many,
-// the lightest neighbours.
-func (c *chain) shorten(ctx context.Context) error {
-	first := len(c.links) - 1
-	var sum int64
-	for i := first; i >= 0; i-- {
-		limit := int64(1) << 62
-		if i < len(c.links)-1 {
-			limit = 2 * sum
-		}
-		w, err := c.weight(ctx, c.links[i], limit)
-		if err != nil {
-			return err
-		}
-		if w > limit {
-			break
-		}
-		sum, first = sum+w, i
-	}
-	run := c.links[first:]
-	top, err := c.lookForward(ctx, first)
-	if err != nil {
-		return err
-	}
-	if top != nil {
-		run = append(slices.Clone(run), link{run[len(run)-1].name, *top})
-	}
-	if err := c.replace(ctx, first, len(c.links), run); err != nil {
-		return err
-	}
-	for len(c.links) > maxLayers {
-		if err := c.joinLightest(ctx); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// lookForward has forward look at the newest layers, those from first on among
-// them.
-func (c *chain) lookForward(ctx context.Context, first int) (*repo.ID, error) {
+// lookForward has forward look at the newest layers.
+func (c *chain) lookForward(ctx context.Context) (*repo.ID, error) {
 	if c.forward == nil || len(c.links) < 2 {
 		return nil, nil
 	}
@@ -96,44 +57,46 @@ func (c *chain) lookForward(ctx context.Context, first int) (*repo.ID, error) {
 			break
 		}
 	}
-	if from = min(from, first); from == len(c.links)-1 {
+	if from == len(c.links)-1 {
 		return nil, nil
 	}
 	return c.forward(ctx, c.links[from:])
 }
 
-// joinLightest merges the two neighbours that weigh least together.
-func (c *chain) joinLightest(ctx context.Context) error {
-	best, at, before := int64(1)<<62, 0, int64(0)
+// joinLightest merges the two neighbours that weigh least together, but for those that
+// are to stay apart, of which it is told the first.
+func (c *chain) joinLightest(ctx context.Context, apart func(i int) bool) error {
+	best, at, before := int64(1)<<62, -1, int64(0)
 	for i, l := range c.links {
 		w, err := c.weight(ctx, l, best)
 		if err != nil {
 			return err
 		}
-		if i > 0 && before+w < best {
+		if i > 0 && before+w < best && !apart(i-1) {
 			best, at = before+w, i-1
 		}
 		before = w
 	}
-	return c.replace(ctx, at, at+2, c.links[at:at+2])
+	if at < 0 {
+		return fmt.Errorf("merge layers: %d of them stay apart: this is a fault of the program", len(c.links))
+	}
+	_, err := c.replace(ctx, at, at+2)
+	return err
 }
 
-// replace puts one layer, made of a run of them, in the place of those from i to
-// before j, under the name of the newest of them.
-func (c *chain) replace(ctx context.Context, i, j int, run []link) error {
-	if len(run) < 2 {
-		return nil
-	}
-	tree, err := c.merge(ctx, run)
+// replace puts one layer in the place of those from i to before j, under the name of the
+// newest of them.
+func (c *chain) replace(ctx context.Context, i, j int) (holds int64, err error) {
+	tree, holds, err := c.merge(ctx, c.links[i:j], false)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	var with []link
 	if tree != nil {
 		with = []link{{c.links[j-1].name, *tree}}
 	}
 	c.links = slices.Replace(c.links, i, j, with...)
-	return nil
+	return holds, nil
 }
 
 // weight is the size of a layer's metadata in bytes. It stops looking once that
@@ -166,6 +129,7 @@ func (b *backup) saveLayers(ctx context.Context, added *repo.ID) (repo.ID, int, 
 			return repo.ID{}, 0, fmt.Errorf("read the layers of snapshot %s: %w", b.parent.Snapshot.Str(), err)
 		}
 		tree.Nodes = slices.Clone(old.Nodes)
+		b.generations = b.parent.Manifest.Generations
 	}
 	if added != nil {
 		name, err := layer.NextName(tree)
@@ -196,7 +160,10 @@ func (b *backup) shorten(ctx context.Context, tree *repo.Tree) error {
 	if err := b.stage.loadable(ctx); err != nil {
 		return err
 	}
-	c := &chain{from: b.stage, merge: b.merge, forward: b.forward}
+	c := &generational{chain: &chain{from: b.stage, merge: b.merge, forward: b.forward}, size: b.Device.Size(), own: b.changed}
+	if g := b.parent.Manifest.Generations; g != nil {
+		c.gens = *g
+	}
 	for _, n := range tree.Nodes {
 		if n.Subtree == nil {
 			return fmt.Errorf("%w: %q is not a layer", layer.ErrDamaged, n.Name)
@@ -206,6 +173,7 @@ func (b *backup) shorten(ctx context.Context, tree *repo.Tree) error {
 	if err := c.shorten(ctx); err != nil {
 		return err
 	}
+	b.generations = &c.gens
 	nodes := map[string]*repo.Node{}
 	for _, n := range tree.Nodes {
 		nodes[n.Name] = n
@@ -221,25 +189,26 @@ func (b *backup) shorten(ctx context.Context, tree *repo.Tree) error {
 	return nil
 }
 
-// merge stores one layer for several, and counts what that took apart.
-func (b *backup) merge(ctx context.Context, links []link) (*repo.ID, error) {
+// merge stores one layer for several, or what is left of the oldest of them, and counts
+// apart what that took.
+func (b *backup) merge(ctx context.Context, links []link, left bool) (*repo.ID, int64, error) {
 	before := b.w.Stats()
 	layers, err := b.openLinks(ctx, links)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	res, err := layer.Merge(ctx, keeper{b.stage}, b.stage, layers, layer.MergeOptions{Size: b.Device.Size(), Time: b.Time})
+	res, err := layer.Merge(ctx, keeper{b.stage}, b.stage, layers, layer.MergeOptions{Size: b.Device.Size(), Time: b.Time, Left: left})
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	// What the next merge of this run reads has to be loadable.
 	if err := b.w.Flush(ctx); err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	after := b.w.Stats()
 	b.sum.MergeAddedPacked += after.Meta.StoredBytes + after.Tree.StoredBytes + after.IndexBytes -
 		before.Meta.StoredBytes - before.Tree.StoredBytes - before.IndexBytes
-	return res.Tree, nil
+	return res.Tree, res.DirtyBytes, nil
 }
 
 // openLinks opens layers, oldest first.

@@ -107,14 +107,17 @@ func (w *weights) LoadMeta(context.Context, repo.ID) ([]byte, error) { return ni
 
 func (w *weights) BlobSize(repo.BlobHandle) (int, bool) { return 0, false }
 
-func (w *weights) merge(_ context.Context, links []link) (*repo.ID, error) {
+func (w *weights) merge(_ context.Context, links []link, left bool) (*repo.ID, int64, error) {
+	if left { // nothing is overridden
+		links = links[:1]
+	}
 	var sum int64
 	for _, l := range links {
 		sum += w.ids[l.tree]
 	}
 	id := repo.Hash(fmt.Append(nil, "merged", len(w.ids)))
 	w.ids[id], w.cost = sum, w.cost+sum
-	return &id, nil
+	return &id, sum, nil
 }
 
 // TestMergesAreLogarithmic adds layers of many patterns of weights, shrinking
@@ -133,14 +136,16 @@ func TestMergesAreLogarithmic(t *testing.T) {
 			w := &weights{ids: map[repo.ID]int64{}}
 			w.add(1)
 			var total int64
+			var gens Generations
 			for i := range 300 {
 				n := next(i)
 				total += n
 				w.add(n)
-				c := &chain{from: w, links: slices.Clone(w.links), merge: w.merge}
+				c := &generational{chain: &chain{from: w, links: slices.Clone(w.links), merge: w.merge}, gens: gens, size: 1e6, own: n}
 				if err := c.shorten(t.Context()); err != nil {
 					t.Fatal(err)
 				}
+				gens = c.gens
 				if w.links = c.links; len(w.links) > maxLayers {
 					t.Fatalf("%d layers", len(w.links))
 				}

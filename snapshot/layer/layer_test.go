@@ -336,3 +336,54 @@ func (f failing) ReadExtent(_ context.Context, p []byte, off int64) error {
 	}
 	return nil
 }
+
+// TestYoungBlocksHaveBlobsOfTheirOwn writes scattered blocks of which some were written
+// lately.
+func TestYoungBlocksHaveBlobsOfTheirOwn(t *testing.T) {
+	rnd := seed(t)
+	s := newStore(t)
+	const size = 64 << 20
+	img := &image{data: make([]byte, size)}
+	key := &blocksum.Key{7}
+	dirtied := func(n, step int64) (out []kernel.Extent) {
+		for i := int64(0); i < n; i++ {
+			e := kernel.Extent{Offset: i * step * kernel.BlockSize, Length: kernel.BlockSize}
+			for j := range img.data[e.Offset:e.End()] {
+				img.data[e.Offset+int64(j)] = byte(rnd.Uint32())
+			}
+			out = append(out, e)
+		}
+		return out
+	}
+	tree := &repo.Tree{}
+	write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges([]kernel.Extent{{Length: size}}), Key: key})
+	write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(dirtied(1000, 16)), Key: key})
+	young := NewMembers(s, open(t, s, tree)[1:], size)
+	write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(dirtied(4000, 4)), Key: key, Young: young})
+	layers := open(t, s, tree)
+	if got := merged(t, s, layers, size, key); !bytes.Equal(got, img.data) {
+		t.Fatalf("the layers differ from the device from %d on", firstDifference(got, img.data))
+	}
+	p, err := openPart(t.Context(), s, layers[2].parts[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	kinds := make([]map[bool]int, len(p.Data.Blobs))
+	for _, e := range p.Index.Extents {
+		for n := int64(0); n < e.Length; n += kernel.BlockSize {
+			blob, _, _ := p.Data.Locate(e.Data + n)
+			if kinds[blob] == nil {
+				kinds[blob] = map[bool]int{}
+			}
+			kinds[blob][(e.Offset+n)%(16*kernel.BlockSize) == 0]++
+		}
+	}
+	for i, k := range kinds {
+		if len(k) != 1 {
+			t.Errorf("blob %d has %d blocks that were young and %d others", i, k[true], k[false])
+		}
+	}
+	if len(kinds) != 16 {
+		t.Errorf("4,000 blocks, a quarter of them young, lie in %d blobs", len(kinds))
+	}
+}

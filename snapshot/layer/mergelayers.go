@@ -20,6 +20,10 @@ type MergeOptions struct {
 	Size int64
 	Time time.Time // of the files in the layer's tree
 
+	// Left makes a layer of what the oldest of the layers still gives: without the
+	// blocks that a newer one describes.
+	Left bool
+
 	// The limits of a part; 0 means maxPartBlobs and maxPartExtents.
 	maxBlobs, maxExtents int
 }
@@ -56,6 +60,9 @@ func Merge(ctx context.Context, to Saver, from Loader, layers []*Layer, o MergeO
 	// it is now, and its sum is that of all of it.
 	size := kernel.BlocksOf(o.Size) * kernel.BlockSize
 	g := &merge{to: to, from: from, o: o, m: NewMerger(from, layers, size), part: newMergedPart()}
+	if o.Left {
+		g.only = g.m.cursors[len(g.m.cursors)-1]
+	}
 	if err := g.run(ctx); err != nil {
 		return MergeResult{}, fmt.Errorf("merge layers: %w", err)
 	}
@@ -68,6 +75,7 @@ type merge struct {
 	from   Loader
 	o      MergeOptions
 	m      *Merger
+	only   *cursor // if set, what others give is left out
 	part   *mergedPart
 	parts  []*repo.Node
 	result MergeResult
@@ -95,6 +103,11 @@ func (g *merge) run(ctx context.Context) error {
 		if p.Missing {
 			continue
 		}
+		if g.only != nil && p.cursor != g.only {
+			// A last block that is short wins as a whole.
+			g.m.pos = kernel.BlocksOf(g.m.pos) * kernel.BlockSize
+			continue
+		}
 		if err := g.add(ctx, p); err != nil {
 			return err
 		}
@@ -113,7 +126,7 @@ func (g *merge) run(ctx context.Context) error {
 // share takes over a part that starts here if it may stay as it is.
 func (g *merge) share(ctx context.Context) (bool, error) {
 	for _, c := range g.m.cursors {
-		if !c.startsAt(g.m.pos) {
+		if !c.startsAt(g.m.pos) || g.only != nil && c != g.only {
 			continue
 		}
 		if _, err := c.seek(ctx, g.from, g.m.pos); err != nil {

@@ -162,6 +162,9 @@ func mergeRandomly(t *testing.T, rnd *rand.Rand) {
 	for round := range 12 {
 		o := Options{Source: img, Size: size, Ranges: ranges(dirty), Key: key, maxBlobs: 1 + rnd.IntN(6), maxExtents: 1 + rnd.IntN(100)}
 		before := len(plain.Nodes)
+		if n := len(tree.Nodes); n > 0 && rnd.IntN(2) == 0 {
+			o.Young = NewMembers(s, open(t, s, tree)[rnd.IntN(n):], size)
+		}
 		write(t, s, plain, o)
 		tree.Nodes = append(tree.Nodes, plain.Nodes[before:]...)
 		if n := len(tree.Nodes); n > 1 && rnd.IntN(3) > 0 {
@@ -184,6 +187,12 @@ func mergeRandomly(t *testing.T, rnd *rand.Rand) {
 				}
 			}
 		}
+		if n := len(tree.Nodes); n > 1 && rnd.IntN(2) == 0 {
+			from := rnd.IntN(n - 1)
+			to := from + 2 + rnd.IntN(n-from-1)
+			m := MergeOptions{Size: size, Left: true, maxBlobs: 1 + rnd.IntN(12), maxExtents: 1 + rnd.IntN(100)}
+			takeLeft(t, s, tree, from, to, m, round < resizes)
+		}
 		if got := merged(t, s, open(t, s, tree), size, key); !bytes.Equal(got, img.data) {
 			t.Fatalf("round %d: the chain differs from the device from %d on", round, firstDifference(got, img.data))
 		}
@@ -201,6 +210,38 @@ func mergeRandomly(t *testing.T, rnd *rand.Rand) {
 		}
 	}
 	t.Logf("%d layers instead of %d, %d parts were shared", len(tree.Nodes), len(plain.Nodes), shared)
+}
+
+// takeLeft puts what is left of a layer, under those up to to-1, in its place.
+func takeLeft(t *testing.T, s store, tree *repo.Tree, from, to int, o MergeOptions, same bool) {
+	t.Helper()
+	layers := open(t, s, tree)[from:to]
+	w := s.NewWriter(t.Context(), repo.WriterOptions{})
+	o.Time = time.Unix(3, 0)
+	res, err := Merge(t.Context(), w, s, layers, o)
+	if err == nil {
+		err = w.Flush(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Tree == nil {
+		tree.Nodes = slices.Delete(slices.Clone(tree.Nodes), from, from+1)
+		return
+	}
+	tree.Nodes = slices.Clone(tree.Nodes)
+	tree.Nodes[from] = DirNode(tree.Nodes[from].Name, *res.Tree, o.Time)
+	left := open(t, s, tree)[from]
+	sound(t, s, left, max(o.maxBlobs, 16), max(o.maxExtents, 200), res)
+	if !same {
+		return
+	}
+	above, was := described(t, s, layers[1:], o.Size), described(t, s, layers[:1], o.Size)
+	for i, b := range described(t, s, []*Layer{left}, o.Size) {
+		if want := map[bool]string{true: was[i], false: "missing"}[above[i] == "missing"]; b != want {
+			t.Fatalf("what is left says something else of block %d", i)
+		}
+	}
 }
 
 func firstOther(a, b []string) int {

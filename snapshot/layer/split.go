@@ -31,8 +31,11 @@ type splitter struct {
 	emit func(*blob, []byte) error // hands a finished blob to the workers
 	room func() []byte             // an empty buffer for a blob
 	roll func(end int64) error     // closes the part at end
-	base *chunker.BaseChunker
-	pol  chunker.Pol
+	// young reports how many bytes from off on, n at most, were all written lately before
+	// this, or all not.
+	young func(off, n int64) (length int64, young bool, err error)
+	base  *chunker.BaseChunker
+	pol   chunker.Pol
 
 	next  int64 // the device offset behind the run
 	zeros int64 // bytes of zeros at the run's end, not yet part of it
@@ -47,8 +50,15 @@ type splitter struct {
 	chunk     []byte
 	chunkBlob *blob
 
-	gather     []byte
-	gatherBlob *blob
+	// Blocks that are written often die soon: apart from the others, they leave few blobs
+	// behind of which little is live.
+	gathers [2]gather
+}
+
+// gather is a blob of scattered blocks in the making.
+type gather struct {
+	data []byte
+	blob *blob
 }
 
 // shortRange is a stretch of a short run: zeros or data.
@@ -224,21 +234,39 @@ func (s *splitter) cutRun() error {
 	return nil
 }
 
-// gatherBlocks adds blocks of a short run to the open blob of scattered ones.
+// gatherBlocks adds blocks of a short run to the open blobs of scattered ones.
 func (s *splitter) gatherBlocks(off int64, b []byte) error {
 	for len(b) > 0 {
-		if s.gatherBlob == nil {
-			s.gatherBlob, s.gather = new(blob), s.room()
+		n, young, err := s.young(off, int64(len(b)))
+		if err != nil {
+			return err
 		}
-		n := min(len(b), gatherSize-len(s.gather))
+		g := &s.gathers[0]
+		if young {
+			g = &s.gathers[1]
+		}
+		if err := s.gatherInto(g, off, b[:n]); err != nil {
+			return err
+		}
+		off, b = off+n, b[n:]
+	}
+	return nil
+}
+
+func (s *splitter) gatherInto(g *gather, off int64, b []byte) error {
+	for len(b) > 0 {
+		if g.blob == nil {
+			g.blob, g.data = new(blob), s.room()
+		}
+		n := min(len(b), gatherSize-len(g.data))
 		if n < len(b) {
 			n = n / kernel.BlockSize * kernel.BlockSize
 		}
-		s.part.extent(extent{off: off, length: int64(n), first: s.gatherBlob, at: int64(len(s.gather))})
-		s.gather = append(s.gather, b[:n]...)
+		s.part.extent(extent{off: off, length: int64(n), first: g.blob, at: int64(len(g.data))})
+		g.data = append(g.data, b[:n]...)
 		off, b = off+int64(n), b[n:]
-		if len(s.gather) > gatherSize-kernel.BlockSize {
-			if err := s.closeGather(); err != nil {
+		if len(g.data) > gatherSize-kernel.BlockSize {
+			if err := s.closeGather(g); err != nil {
 				return err
 			}
 		}
@@ -246,12 +274,12 @@ func (s *splitter) gatherBlocks(off int64, b []byte) error {
 	return nil
 }
 
-func (s *splitter) closeGather() error {
-	if s.gatherBlob == nil {
+func (s *splitter) closeGather(g *gather) error {
+	if g.blob == nil {
 		return nil
 	}
-	err := s.part.add(s.gatherBlob, s.gather, s.emit)
-	s.gatherBlob, s.gather = nil, nil
+	err := s.part.add(g.blob, g.data, s.emit)
+	g.blob, g.data = nil, nil
 	return err
 }
 
@@ -269,7 +297,12 @@ func (s *splitter) finish() error {
 	if err := s.endRun(); err != nil {
 		return err
 	}
-	return s.closeGather()
+	for i := range s.gathers {
+		if err := s.closeGather(&s.gathers[i]); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func appendSums(l blocksum.List, sums []uint64) blocksum.List {

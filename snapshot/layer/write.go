@@ -27,14 +27,17 @@ type Saver interface {
 // Options say what to write.
 type Options struct {
 	Source     Source
-	Size       int64            // of the device, in bytes
-	Ranges     iter.Seq[Range]  // sorted, not overlapping
-	Key        *blocksum.Key    // of the chain's sums
-	Polynomial chunker.Pol      // the repository's
-	Parallel   int              // reads in flight; 0 means 16
-	Time       time.Time        // of the files in the layer's tree
-	Expected   Expected         // if set, blocks that are as expected are left out
-	Progress   func(done int64) // called with bytes of ranges dealt with, from one goroutine
+	Size       int64           // of the device, in bytes
+	Ranges     iter.Seq[Range] // sorted, not overlapping
+	Key        *blocksum.Key   // of the chain's sums
+	Polynomial chunker.Pol     // the repository's
+	Parallel   int             // reads in flight; 0 means 16
+	Time       time.Time       // of the files in the layer's tree
+	Expected   Expected        // if set, blocks that are as expected are left out
+	// Young, if set, are the layers of what was written lately. Scattered blocks that
+	// these describe go into other blobs than those that they do not.
+	Young    *Members
+	Progress func(done int64) // called with bytes of ranges dealt with, from one goroutine
 	// AfterRead is called once, when the last read has been done and before
 	// its data has been stored: the device may be let go.
 	AfterRead func() error
@@ -126,6 +129,12 @@ func (w *writer) start(ctx context.Context, cancel context.CancelCauseFunc) {
 	w.split = &splitter{
 		part: w.part, pol: w.o.Polynomial, base: chunker.NewBase(w.o.Polynomial),
 		room: w.room,
+		young: func(off, n int64) (int64, bool, error) {
+			if w.o.Young == nil {
+				return n, false, nil
+			}
+			return w.o.Young.Stretch(ctx, off, n)
+		},
 		emit: func(b *blob, data []byte) error { return w.save(ctx, repo.KindData, b, data) },
 		roll: func(end int64) error { return w.closePart(ctx, end) },
 	}
