@@ -55,7 +55,7 @@ type writer struct {
 }
 
 // startWriter starts the goroutines, which end when the writer is closed.
-// fetches is how many batchers there are at a time, but for one.
+// fetches is how many batchers there are at a time, but for those of what is left of slices.
 func startWriter(ctx context.Context, cancel context.CancelCauseFunc, t *target, size int64, parallel, fetches int, done func(int64)) *writer {
 	if parallel <= 0 {
 		parallel = defaultWriters

@@ -31,10 +31,7 @@ func (b *backup) copy(ctx context.Context) (layer.Result, error) {
 		}
 		o := b.layerOptions(source{b.Device, standing}, ranges)
 		o.Expected, o.AfterRead = expected, release
-		if o.Young, err = b.openYoung(ctx); err != nil {
-			return err
-		}
-		res, err = layer.Write(ctx, b.saver(), o)
+		res, err = b.write(ctx, b.saver(), o)
 		return err
 	})
 	return res, err
@@ -143,10 +140,7 @@ func (b *backup) copySnapshot(ctx context.Context, s Snapshotter) (res layer.Res
 	}
 	o := b.layerOptions(source{from, ctx}, ranges)
 	o.Expected, o.AfterRead = expected, func() error { return s.Check(ctx) }
-	if o.Young, err = b.openYoung(ctx); err != nil {
-		return res, err
-	}
-	res, err = layer.Write(ctx, b.saver(), o)
+	res, err = b.write(ctx, b.saver(), o)
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
 	} else if err != nil {

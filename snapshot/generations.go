@@ -4,6 +4,7 @@ package snapshot
 
 import (
 	"context"
+	"fmt"
 	"slices"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
@@ -212,6 +213,14 @@ func (c *generational) apart() func(i int) bool {
 	return func(i int) bool { return i >= rest-1 && i < recent }
 }
 
+// write stores a layer of this backup: scattered blocks apart that were written lately.
+func (b *backup) write(ctx context.Context, to layer.Saver, o layer.Options) (_ layer.Result, err error) {
+	if o.Young, err = b.openYoung(ctx); err != nil {
+		return layer.Result{}, err
+	}
+	return layer.Write(ctx, to, o)
+}
+
 // openYoung opens the layers of what was written lately before this backup: the newest ones
 // as long as they have no more than so many times the metadata that the change will
 // have, so that looking at them follows the change. It is nil if there are none.
@@ -219,26 +228,21 @@ func (b *backup) openYoung(ctx context.Context) (*layer.Members, error) {
 	if b.parent == nil || b.parent.Manifest.Generations == nil {
 		return nil, nil
 	}
-	all, err := layer.Open(ctx, b.store, b.parent.Manifest.Layers)
-	if err != nil {
-		return nil, err
-	}
 	tree, err := b.store.LoadTree(ctx, b.parent.Manifest.Layers)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read the layers of snapshot %s: %w", b.parent.Snapshot.Str(), err)
 	}
-	var names []string
+	c := &generational{chain: &chain{from: b.store}}
 	for _, n := range tree.Nodes {
-		names = append(names, n.Name)
+		if n.Subtree == nil {
+			return nil, fmt.Errorf("%w: %q is not a layer", layer.ErrDamaged, n.Name)
+		}
+		c.links = append(c.links, link{n.Name, *n.Subtree})
 	}
-	if len(names) != len(all) {
-		return nil, nil
-	}
-	c := &chain{from: b.store}
-	from := len(all)
+	from := len(c.links)
 	left := lookBack * blockWeight * (b.total/kernel.BlockSize + 1)
-	for young := b.parent.Manifest.Generations.young(names); from > young; from-- {
-		w, err := c.weight(ctx, link{names[from-1], all[from-1].Tree}, left)
+	for young := b.parent.Manifest.Generations.young(c.names()); from > young; from-- {
+		w, err := c.weight(ctx, c.links[from-1], left)
 		if err != nil {
 			return nil, err
 		}
@@ -246,10 +250,14 @@ func (b *backup) openYoung(ctx context.Context) (*layer.Members, error) {
 			break
 		}
 	}
-	if from == len(all) {
+	if from == len(c.links) {
 		return nil, nil
 	}
-	return layer.NewMembers(b.store, all[from:], b.Device.Size()), nil
+	layers, err := b.openLinks(ctx, c.links[from:])
+	if err != nil {
+		return nil, err
+	}
+	return layer.NewMembers(b.store, layers, b.Device.Size()), nil
 }
 
 // blockWeight is about how many bytes of metadata a scattered block has.

@@ -152,10 +152,7 @@ func (p *precopy) round(ctx context.Context, first bool) error {
 	p.meter.restart()
 	o := p.layerOptions(p.meter.of(source{p.Device, ctx}), ranges)
 	o.Expected = expected
-	if o.Young, err = p.openYoung(ctx); err != nil {
-		return err
-	}
-	res, err := layer.Write(ctx, p.stage, o)
+	res, err := p.write(ctx, p.stage, o)
 	if err != nil {
 		return err
 	}
@@ -207,10 +204,7 @@ func (p *precopy) last(ctx context.Context) error {
 			return release()
 		}
 		o.Expected, o.AfterRead = expected, release
-		if o.Young, err = p.openYoung(ctx); err != nil {
-			return err
-		}
-		res, err := layer.Write(ctx, p.stage, o)
+		res, err := p.write(ctx, p.stage, o)
 		p.add(res)
 		return err
 	})
@@ -218,10 +212,7 @@ func (p *precopy) last(ctx context.Context) error {
 		return err
 	}
 	o.Source = rest
-	if o.Young, err = p.openYoung(ctx); err != nil {
-		return err
-	}
-	res, err := layer.Write(ctx, p.stage, o)
+	res, err := p.write(ctx, p.stage, o)
 	if err != nil {
 		return err
 	}
