@@ -301,6 +301,23 @@ func (f *fixture) loop(size int64) string {
 	return f.bind(path)
 }
 
+// ext4 makes a file system on a device and mounts it.
+func (f *fixture) ext4(dev string) (folder string) {
+	f.Helper()
+	folder = f.TempDir()
+	for _, args := range [][]string{{"mkfs.ext4", "-q", "-O", "^has_journal", "-m", "0", dev}, {"mount", dev, folder}} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			f.Fatalf("%v: %v: %s", args, err, out)
+		}
+	}
+	f.Cleanup(func() {
+		if out, err := exec.Command("umount", folder).CombinedOutput(); err != nil {
+			f.Errorf("unmount %s: %v: %s", folder, err, out)
+		}
+	})
+	return folder
+}
+
 func (f *fixture) bind(path string) string {
 	f.Helper()
 	out, err := exec.Command("losetup", "--find", "--show", path).Output()

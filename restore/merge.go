@@ -96,7 +96,7 @@ func findTarget(path string) (*target, error) {
 }
 
 func (m *Merge) absent() bool {
-	return m.target.direct == nil && m.target.kind == device.File && !exists(m.target.path)
+	return m.target.blocks == nil && m.target.kind == device.File && !exists(m.target.path)
 }
 
 func exists(path string) bool {

@@ -3,6 +3,7 @@
 package restore
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -161,6 +163,13 @@ func TestAFailingTargetIsSaidToBeIncomplete(t *testing.T) {
 			f.must(os.Truncate(path, 12<<20))
 			return f.bind(path)
 		},
+		// The file system takes the data and promises room that its disk does not have.
+		"DiskFailsLater": func() string {
+			path := filepath.Join(f.tmpfs("9m"), "disk")
+			f.must(os.WriteFile(path, nil, 0o600))
+			f.must(os.Truncate(path, 40<<20))
+			return filepath.Join(f.ext4(f.bind(path)), "image")
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := target()
@@ -174,6 +183,32 @@ func TestAFailingTargetIsSaidToBeIncomplete(t *testing.T) {
 			t.Log(err)
 		})
 	}
+}
+
+// TestAFileIsNotLeftInThePageCache restores more than what a file's window holds.
+func TestAFileIsNotLeftInThePageCache(t *testing.T) {
+	const size = 2 * paceWindow
+	f := newFixture(t, seed(t), size)
+	f.fill(f.image)
+	s := f.backup(1, kernel.Extent{Length: size})
+	path := f.newFile()
+	f.restore(Options{Device: s.device, Target: path})
+	file, err := os.Open(path)
+	f.must(err)
+	defer file.Close()
+	mapped, err := unix.Mmap(int(file.Fd()), 0, size, unix.PROT_READ, unix.MAP_SHARED)
+	f.must(err)
+	defer func() { f.must(unix.Munmap(mapped)) }()
+	pages := make([]byte, size/os.Getpagesize())
+	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mapped[0])), size, uintptr(unsafe.Pointer(&pages[0])))
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	// The kernel may be busy with a page just when it is to forget it.
+	if n := bytes.Count(pages, []byte{1}); n > len(pages)/20 {
+		t.Errorf("%d of %d pages are in memory", n, len(pages))
+	}
+	f.same("the file", f.content(path), s.image)
 }
 
 func TestAFileSystemWithoutDirectWritesWillDo(t *testing.T) {

@@ -42,8 +42,9 @@ type target struct {
 	created bool // the file did not exist
 	sparse  bool // what is not written reads as zeros
 
-	direct  *os.File // for whole blocks: O_DIRECT where that is possible
-	soft    *os.File // through the page cache, for the rest
+	blocks  *os.File // for whole blocks: O_DIRECT on a device
+	soft    *os.File // through the page cache, for the rest; of a file it is the same
+	pace    *pace    // of a file
 	zeroing atomic.Int32
 	touched atomic.Bool
 }
@@ -134,15 +135,20 @@ func (t *target) claim() error {
 	return t.open()
 }
 
-// open opens both descriptors. An image file that has no direct writes, or a
-// device with sectors larger than our blocks, is written through the cache.
+// open opens the descriptors. A device with sectors larger than our blocks is written
+// through the cache.
 func (t *target) open() error {
-	flags := os.O_RDWR | unix.O_CLOEXEC
-	if t.kind == device.Block {
-		flags |= unix.O_EXCL
+	if t.kind == device.File {
+		f, err := os.OpenFile(t.path, os.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open target: %w", err)
+		}
+		t.blocks, t.soft, t.pace = f, f, &pace{file: f}
+		return nil
 	}
+	const flags = os.O_RDWR | unix.O_CLOEXEC | unix.O_EXCL
 	f, err := os.OpenFile(t.path, flags|unix.O_DIRECT, 0)
-	if err == nil && !directBlocks(f, t.kind) {
+	if err == nil && !directBlocks(f) {
 		err = errors.Join(f.Close(), unix.EINVAL)
 	}
 	if errors.Is(err, unix.EINVAL) {
@@ -154,37 +160,27 @@ func (t *target) open() error {
 	if err != nil {
 		return fmt.Errorf("open target: %w", err)
 	}
-	t.direct = f
+	t.blocks = f
 	if t.soft, err = os.OpenFile(t.path, os.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
 		return fmt.Errorf("open target: %w", err)
 	}
-	if err := sameInode(t.direct, t.soft); err != nil {
+	if err := sameInode(t.blocks, t.soft); err != nil {
 		return fmt.Errorf("open target %s: %w", t.path, err)
 	}
-	if t.kind == device.Block {
-		now, err := t.direct.Seek(0, io.SeekEnd)
-		if err != nil {
-			return fmt.Errorf("measure target: %w", err)
-		}
-		if now != t.size {
-			return fmt.Errorf("open target %s: it had %d bytes and has %d", t.path, t.size, now)
-		}
+	now, err := t.blocks.Seek(0, io.SeekEnd)
+	if err != nil {
+		return fmt.Errorf("measure target: %w", err)
+	}
+	if now != t.size {
+		return fmt.Errorf("open target %s: it had %d bytes and has %d", t.path, t.size, now)
 	}
 	return nil
 }
 
-// directBlocks reports whether direct writes may be as small as our blocks.
-func directBlocks(f *os.File, kind device.Kind) bool {
-	if kind == device.Block {
-		sector, err := unix.IoctlGetUint32(int(f.Fd()), unix.BLKSSZGET)
-		return err == nil && sector <= kernel.BlockSize
-	}
-	var st unix.Statx_t
-	err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st)
-	if err != nil || st.Mask&unix.STATX_DIOALIGN == 0 {
-		return true // a write that is refused goes through the cache
-	}
-	return st.Dio_offset_align > 0 && st.Dio_offset_align <= kernel.BlockSize && st.Dio_mem_align <= kernel.BlockSize
+// directBlocks reports whether direct writes to a device may be as small as our blocks.
+func directBlocks(f *os.File) bool {
+	sector, err := unix.IoctlGetUint32(int(f.Fd()), unix.BLKSSZGET)
+	return err == nil && sector <= kernel.BlockSize
 }
 
 func sameInode(a, b *os.File) error {
@@ -236,10 +232,10 @@ func (t *target) prepare(size int64, keep bool) error {
 // goroutines.
 func (t *target) write(p []byte, off int64) error {
 	t.touched.Store(true)
-	_, err := t.direct.WriteAt(p, off)
-	if errors.Is(err, unix.EINVAL) && t.kind == device.File {
-		_, err = t.soft.WriteAt(p, off)
+	if t.pace != nil {
+		return t.writeError(t.pace.write(p, off), off, int64(len(p)))
 	}
+	_, err := t.blocks.WriteAt(p, off)
 	return t.writeError(err, off, int64(len(p)))
 }
 
@@ -254,17 +250,24 @@ func (t *target) writeError(err error, off, length int64) error {
 	if err == nil {
 		return nil
 	}
-	// The path is said once.
+	return fmt.Errorf("write bytes %d to %d: %w", off, off+length-1, pathless(err))
+}
+
+// pathless is an error without the path, which is said once.
+func pathless(err error) error {
 	if pathErr := (*fs.PathError)(nil); errors.As(err, &pathErr) {
-		err = pathErr.Err
+		return pathErr.Err
 	}
-	return fmt.Errorf("write bytes %d to %d: %w", off, off+length-1, err)
+	return err
 }
 
 // sync makes everything durable, the name of a new file included.
 func (t *target) sync() error {
-	if err := t.direct.Sync(); err != nil {
-		return fmt.Errorf("sync target: %w", err)
+	if err := t.blocks.Sync(); err != nil {
+		return fmt.Errorf("sync target: %w", pathless(err))
+	}
+	if t.pace != nil {
+		t.pace.drained()
 	}
 	if !t.created {
 		return nil
@@ -282,10 +285,11 @@ func (t *target) sync() error {
 
 func (t *target) close() error {
 	var errs []error
-	for _, f := range []*os.File{t.direct, t.soft} {
-		if f != nil {
-			errs = append(errs, f.Close())
-		}
+	if t.blocks != nil {
+		errs = append(errs, t.blocks.Close())
+	}
+	if t.soft != nil && t.soft != t.blocks {
+		errs = append(errs, t.soft.Close())
 	}
 	return errors.Join(errs...)
 }

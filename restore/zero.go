@@ -57,7 +57,7 @@ func (t *target) zero(ctx context.Context, e kernel.Extent) error {
 }
 
 func (t *target) fallocate(mode uint32, e kernel.Extent) error {
-	rc, err := t.direct.SyscallConn()
+	rc, err := t.blocks.SyscallConn()
 	if err != nil {
 		return err
 	}
