@@ -91,6 +91,10 @@ func (b *Bench) full(ctx context.Context, size int64) (err error) {
 		}
 		return clean()
 	}
+	inMemory := func() error {
+		_, err := host.Output(ctx, "dd", "if="+l.Disk.File, "of=/dev/null", "bs=1M")
+		return err
+	}
 	for round := range b.Rounds {
 		if err := l.measure(ctx, "full", "backup", round, []task{
 			{"dsync-backup", anew(ours, ourEnv), host.Command{Args: []string{b.Dsync, "-q", "backup", "--changes", "full", l.Disk.Path}, Env: ourEnv}, nil},
@@ -105,9 +109,14 @@ func (b *Bench) full(ctx context.Context, size int64) (err error) {
 			{"restic image", nil, host.Command{Args: []string{"sh", "-c", `"$0" -q restore "latest:$1" --target "$2" && sync "$2/disk"`, b.Restic, l.Dir, out}, Env: theirEnv}, clean},
 			// What dd writes lies in memory, so that it is measured writing.
 			{
-				"dd oflag=direct",
-				func() error { _, err := host.Output(ctx, "dd", "if="+l.Disk.File, "of=/dev/null", "bs=1M"); return err },
+				"dd oflag=direct", inMemory,
 				host.Command{Args: []string{"dd", "if=" + l.Disk.File, "of=" + out, "bs=1M", "oflag=direct", "conv=fsync", "status=none"}},
+				clean,
+			},
+			// The least that a restore asks of a disk that has both.
+			{
+				"dd, and reading the packs", inMemory,
+				host.Command{Args: []string{"sh", "-c", `cat "$0"/data/*/* > /dev/null & dd "if=$1" "of=$2" bs=1M oflag=direct conv=fsync status=none; wait`, ours, l.Disk.File, out}},
 				clean,
 			},
 		}); err != nil {

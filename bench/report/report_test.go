@@ -45,6 +45,7 @@ func winning() []result.Row {
 		row("full", "restore", ours, size, rate(700, "MB/s")),
 		row("full", "restore", restic, size, rate(500, "MB/s")),
 		row("full", "restore", "dd oflag=direct", size, rate(690, "MB/s")),
+		row("full", "restore", packsToo, size, rate(600, "MB/s")),
 	}
 	for _, what := range []string{"random 0.1 %", "random 1 %"} {
 		for tool, f := range map[string][3]float64{ours: {0.7, 0.6, 4e6}, inPlace: {20, 10, 9e6}, restic: {40, 60, 1.5e9}} {
@@ -105,6 +106,11 @@ func TestEachGoalFailsWhenItIsMissed(t *testing.T) {
 				r.Rate = 490
 			}
 		}, []string{"restore: at least 0.9", "restore: faster than restic"}},
+		{"restore as fast as the disk allows", func(r *result.Row) {
+			if r.Experiment == "full" && r.Case == "restore" && r.Tool == ours {
+				r.Rate = 545
+			}
+		}, nil},
 		{"scale", func(r *result.Row) {
 			if r.Experiment == "scale" && r.Size == 4<<40 {
 				r.Seconds, r.Memory = 1, 200<<20
