@@ -109,21 +109,35 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
+// LockAhead takes a shared lock without waiting until it is certain: reading may begin
+// at once, beside the wait of 200 ms, and nothing may be written before
+// [Lock.Settled] returns. If the lock is refused after all, its context ends, with that
+// as its cause.
+func (r *Repository) LockAhead(ctx context.Context) (*Lock, error) {
+	file, id, err := r.announce(ctx, false)
+	if err != nil {
+		return nil, err
+	}
+	l := startLock(ctx, r, file, id)
+	l.settling = make(chan struct{})
+	go func() {
+		defer close(l.settling)
+		// Others may see a refused lock until Unlock, which only stops them, too.
+		if l.refused = r.settle(l.ctx, file, id); l.refused != nil {
+			l.cancel(l.refused)
+		}
+	}()
+	return l, nil
+}
+
 // tryLock looks, writes, waits and looks again: of two that start at the same
 // time at least one sees the other.
 func (r *Repository) tryLock(ctx context.Context, exclusive bool) (*Lock, error) {
-	file := newLockFile(exclusive)
-	if err := r.checkLocks(ctx, file, ID{}); err != nil {
+	file, id, err := r.announce(ctx, exclusive)
+	if err != nil {
 		return nil, err
 	}
-	id, err := r.saveLock(ctx, file)
-	if err != nil {
-		return nil, fmt.Errorf("lock repository: %w", err)
-	}
-	if err = sleep(ctx, lockSettle); err == nil {
-		err = r.checkLocks(ctx, file, id)
-	}
-	if err != nil {
+	if err := r.settle(ctx, file, id); err != nil {
 		// Also when ctx is done the lock must go.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unlockTimeout)
 		defer cancel()
@@ -133,6 +147,26 @@ func (r *Repository) tryLock(ctx context.Context, exclusive bool) (*Lock, error)
 		return nil, err
 	}
 	return startLock(ctx, r, file, id), nil
+}
+
+// announce is the first half of taking a lock, settle the second.
+func (r *Repository) announce(ctx context.Context, exclusive bool) (lockFile, ID, error) {
+	file := newLockFile(exclusive)
+	if err := r.checkLocks(ctx, file, ID{}); err != nil {
+		return file, ID{}, err
+	}
+	id, err := r.saveLock(ctx, file)
+	if err != nil {
+		return file, id, fmt.Errorf("lock repository: %w", err)
+	}
+	return file, id, nil
+}
+
+func (r *Repository) settle(ctx context.Context, file lockFile, id ID) error {
+	if err := sleep(ctx, lockSettle); err != nil {
+		return err
+	}
+	return r.checkLocks(ctx, file, id)
 }
 
 func (r *Repository) saveLock(ctx context.Context, file lockFile) (ID, error) {

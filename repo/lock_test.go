@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/repo/backend/local"
 )
 
@@ -328,5 +329,78 @@ func TestExclusiveLocksExcludeEachOther(t *testing.T) {
 		if names := lockNames(t, dir); len(names) != 0 {
 			t.Errorf("left: %v", names)
 		}
+	}
+}
+
+// lateLocker writes an exclusive lock of somebody else's right after ours, as one does
+// that looked just before.
+type lateLocker struct {
+	backend.Backend
+	exclusive func()
+}
+
+func (b *lateLocker) Save(ctx context.Context, h backend.Handle, data []byte) error {
+	err := b.Backend.Save(ctx, h, data)
+	if exclusive := b.exclusive; h.Type == backend.LockFile && exclusive != nil {
+		b.exclusive = nil
+		exclusive()
+	}
+	return err
+}
+
+func TestALockAheadHoldsBackWritesUntilItIsCertain(t *testing.T) {
+	for _, refused := range []bool{false, true} {
+		t.Run(fmt.Sprintf("refused=%t", refused), func(t *testing.T) {
+			other, dir := newRepo(t, Options{})
+			be, err := local.Open(dir, local.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			late := &lateLocker{Backend: be}
+			r, err := Open(t.Context(), late, testPassword, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			if refused {
+				late.exclusive = func() {
+					if _, err := other.saveLock(t.Context(), newLockFile(true)); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+			l, err := r.LockAhead(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			w := r.NewWriter(l.Context(), WriterOptions{Ready: l.Settled})
+			if _, err := w.SaveBlob(l.Context(), KindData, []byte("a blob")); err != nil {
+				t.Fatal(err)
+			}
+			err = w.Flush(l.Context())
+			settled := l.Settled(t.Context())
+			w.Abort()
+			packs, globErr := filepath.Glob(filepath.Join(dir, "data", "*", "*"))
+			if globErr != nil {
+				t.Fatal(globErr)
+			}
+			if refused {
+				if !errors.Is(err, ErrLocked) || !errors.Is(settled, ErrLocked) || !errors.Is(context.Cause(l.Context()), ErrLocked) || len(packs) != 0 {
+					t.Errorf("flush: %v, settled: %v, context: %v, packs %v", err, settled, context.Cause(l.Context()), packs)
+				}
+			} else if err != nil || settled != nil || len(packs) != 1 {
+				t.Errorf("flush: %v, settled: %v, packs %v", err, settled, packs)
+			}
+			if err := l.Unlock(); err != nil {
+				t.Error(err)
+			}
+			left := 0
+			if refused {
+				left = 1 // the other one's
+			}
+			if names := lockNames(t, dir); len(names) != left {
+				t.Errorf("left: %v", names)
+			}
+		})
 	}
 }

@@ -25,6 +25,9 @@ type Lock struct {
 	err    error
 	times  lockTimes
 
+	settling chan struct{} // closed when it is certain whether the lock is held; nil: it is held
+	refused  error         // why not, once that is closed
+
 	// Of the goroutine that refreshes; it hands them over by ending.
 	file lockFile
 	id   ID
@@ -57,11 +60,28 @@ func startLockWith(ctx context.Context, r *Repository, file lockFile, id ID, tim
 // work under the lock uses it.
 func (l *Lock) Context() context.Context { return l.ctx }
 
+// Settled returns when the lock is certain, and an error that is [ErrLocked] when
+// it is refused.
+func (l *Lock) Settled(ctx context.Context) error {
+	if l.settling == nil {
+		return nil
+	}
+	select {
+	case <-l.settling:
+		return l.refused
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // Unlock ends the lock's context and removes the lock. It may be called again.
 func (l *Lock) Unlock() error {
 	l.once.Do(func() {
 		l.cancel(errUnlocked)
 		<-l.done
+		if l.settling != nil {
+			<-l.settling
+		}
 		ctx, cancel := context.WithTimeout(context.Background(), unlockTimeout)
 		defer cancel()
 		if err := l.repo.removeLock(ctx, l.id); err != nil {

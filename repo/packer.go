@@ -114,6 +114,9 @@ func (w *Writer) send(ctx context.Context, kind Kind, b *pack.Builder) error {
 }
 
 func (w *Writer) upload(kind Kind, b *pack.Builder) error {
+	if err := w.ready(w.ctx); err != nil {
+		return err
+	}
 	if err := w.connections.Acquire(w.ctx, 1); err != nil {
 		return context.Cause(w.ctx)
 	}

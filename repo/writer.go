@@ -24,8 +24,12 @@ const (
 	indexAge   = 10 * time.Minute
 )
 
-// WriterOptions say how a Writer works. There is nothing to say yet.
-type WriterOptions struct{}
+// WriterOptions say how a Writer works.
+type WriterOptions struct {
+	// Ready, if set, returns when the store may be written to, such as
+	// [Lock.Settled]. The writer gathers packs meanwhile.
+	Ready func(context.Context) error
+}
 
 // Saved says what became of a blob.
 type Saved struct {
@@ -57,6 +61,7 @@ type Stats struct {
 // any other.
 type Writer struct {
 	repo   *Repository
+	ready  func(context.Context) error
 	ctx    context.Context // of the uploads; cancelled by the first failure
 	cancel context.CancelCauseFunc
 
@@ -100,14 +105,18 @@ type scratch struct{ compressed, other, sealed, plain []byte }
 
 // NewWriter starts a writer, whose uploads end with ctx. The caller holds a
 // lock and has loaded the index.
-func (r *Repository) NewWriter(ctx context.Context, _ WriterOptions) *Writer {
+func (r *Repository) NewWriter(ctx context.Context, o WriterOptions) *Writer {
 	w := &Writer{
 		repo:        r,
+		ready:       o.Ready,
 		memory:      semaphore.NewWeighted(uploadMemory),
 		connections: semaphore.NewWeighted(int64(max(1, r.be.Connections()))),
 		scratch:     sync.Pool{New: func() any { return new(scratch) }},
 		inFlight:    map[BlobHandle]int{},
 		indexBlobs:  indexBlobs,
+	}
+	if w.ready == nil {
+		w.ready = func(context.Context) error { return nil }
 	}
 	w.ctx, w.cancel = context.WithCancelCause(ctx)
 	for k := range w.packers {
@@ -276,6 +285,9 @@ func (w *Writer) saveIndex(ctx context.Context) error {
 func (w *Writer) Flush(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { w.fail(context.Cause(ctx)) })
 	defer stop()
+	if err := w.ready(w.ctx); err != nil {
+		w.fail(err)
+	}
 	for _, p := range w.packers {
 		if err := p.flush(w.ctx); err != nil {
 			w.fail(err)

@@ -65,6 +65,10 @@ type Options struct {
 	SpotCheck int
 	SpotSeed  uint64 // picks them; 0: at random
 
+	// Settled returns when the repository may be written to, as [repo.Lock.Settled]
+	// does. nil: it may.
+	Settled func(context.Context) error
+
 	Parallel int
 	Progress func(Progress)
 	Warn     func(error)
@@ -112,7 +116,7 @@ type backup struct {
 }
 
 // Backup makes a snapshot of a device. The caller holds a lock on the
-// repository and has loaded its index since. Whatever fails, no snapshot is
+// repository, or one that Options.Settled makes certain, and has loaded its index since. Whatever fails, no snapshot is
 // left behind, and no block is forgotten: the epochs stay in the log until a
 // later backup has covered them.
 func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error) {
@@ -136,7 +140,7 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 	if err := b.leaveReverted(ctx); err != nil {
 		return nil, err
 	}
-	b.w = r.NewWriter(ctx, repo.WriterOptions{})
+	b.w = r.NewWriter(ctx, repo.WriterOptions{Ready: o.Settled})
 	b.stage = newStage(b.w, b.store)
 	res, err := b.copy(ctx)
 	if err == nil {

@@ -99,10 +99,11 @@ func runBackup(ctx context.Context, g *globals, f *backupFlags, path string) (er
 			return err
 		}
 	}
-	r, ctx, err := g.openLocked(ctx)
+	r, settled, ctx, err := g.openAhead(ctx)
 	if err != nil {
 		return err
 	}
+	o.Settled = settled
 	if src.device.Kind() == device.Block {
 		h, broken, err := openHistory(ctx, g, src.device)
 		o.Broken = broken
@@ -130,7 +131,7 @@ func runBackup(ctx context.Context, g *globals, f *backupFlags, path string) (er
 	o.Warn = g.warn
 	sum, err := snapshot.Backup(ctx, r, o)
 	if err != nil {
-		return causeOf(ctx, err)
+		return refusedOr(ctx, settled, err)
 	}
 	p.end()
 	if h, ok := o.History.(*history); ok {

@@ -217,6 +217,36 @@ func (g *globals) openLocked(ctx context.Context) (*repo.Repository, context.Con
 	return g.openReading(ctx)
 }
 
+// openAhead is openLocked for a command that reads for a while before it writes: settled
+// returns when it may. Whoever would rather wait for a lock than fail waits before anything
+// else.
+func (g *globals) openAhead(ctx context.Context) (r *repo.Repository, settled func(context.Context) error, _ context.Context, err error) {
+	if g.noLock || g.retryLock > 0 {
+		r, ctx, err = g.openLocked(ctx)
+		return r, nil, ctx, err
+	}
+	if r, err = g.open(ctx); err != nil {
+		return nil, nil, ctx, err
+	}
+	lock, err := r.LockAhead(ctx)
+	if err != nil {
+		return nil, nil, ctx, err
+	}
+	g.closers = append(g.closers, lock.Unlock)
+	ctx = lock.Context()
+	return r, lock.Settled, ctx, refusedOr(ctx, lock.Settled, r.LoadIndex(ctx))
+}
+
+// refusedOr is err, or that the lock was refused, which is why something failed then.
+func refusedOr(ctx context.Context, settled func(context.Context) error, err error) error {
+	if err != nil && settled != nil {
+		if refused := settled(ctx); errors.Is(refused, repo.ErrLocked) {
+			return refused
+		}
+	}
+	return causeOf(ctx, err)
+}
+
 // openReading is openLocked for a command that only reads: it can do without a
 // lock.
 func (g *globals) openReading(ctx context.Context) (*repo.Repository, context.Context, error) {
