@@ -7,6 +7,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 )
 
@@ -49,7 +50,17 @@ func logMisses(t testing.TB, tr *Tracker) {
 // interrupt's write is the same event as the task's. One copy does not see the
 // event within its own; three see every event at the three depths that task,
 // softirq and hardirq can make. (At a fourth the kernel prints no more.)
+//
+// Linux 6.1 prints under a lock that it holds during the event, and waits for itself
+// for ever.
 func TestThreeCopiesSeeWhatInterruptsTwo(t *testing.T) {
+	version, err := features.LinuxVersionCode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if version < 6<<16|2<<8 {
+		t.Skip("a print within a print stops this kernel")
+	}
 	for _, c := range []struct {
 		name         string
 		copies       int

@@ -25,6 +25,7 @@ func TestBPFTrackerOnLoopDevices(t *testing.T) {
 		skips := map[string]string{}
 		if k.Name == "6.1" {
 			skips["TestMergedDiscardsAreMarked"] = "discards by io_uring came with 6.12"
+			skips["TestThreeCopiesSeeWhatInterruptsTwo"] = "a print within a print stops 6.1"
 		}
 		run := loopShort
 		if soak() {
