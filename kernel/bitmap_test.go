@@ -41,8 +41,11 @@ func wantModel(t *testing.T, b *Bitmap, model []bool) {
 
 func TestBitmapEqualsModel(t *testing.T) {
 	rng := newRand(t)
-	for range 300 {
+	for n := range 300 {
 		blocks := rng.Int64N(400)
+		if n%10 == 0 {
+			blocks = rng.Int64N(4 * chunkBlocks)
+		}
 		b, other := NewBitmap(blocks), NewBitmap(blocks)
 		model := make([]bool, blocks)
 		for range rng.IntN(12) {
@@ -51,6 +54,9 @@ func TestBitmapEqualsModel(t *testing.T) {
 			}
 			first := rng.Int64N(blocks)
 			last := first + rng.Int64N(blocks-first)
+			if rng.IntN(4) == 0 { // whole chunks
+				first, last = first/chunkBlocks*chunkBlocks, min(blocks, (last/chunkBlocks+1)*chunkBlocks)-1
+			}
 			target := b
 			if rng.IntN(2) == 0 {
 				target = other
@@ -65,7 +71,7 @@ func TestBitmapEqualsModel(t *testing.T) {
 		if err := b.Or(other); err != nil {
 			t.Fatal(err)
 		}
-		if !slices.Equal(before.Words(), other.Words()) {
+		if !before.Equal(other) {
 			t.Fatal("uniting changed the other bitmap")
 		}
 		wantModel(t, b, model)
@@ -102,15 +108,71 @@ func TestSetRangeBackwardsMarksNothing(t *testing.T) {
 	}
 }
 
-func TestTrimClearsBehindTheEndOnly(t *testing.T) {
-	for _, blocks := range []int64{0, 1, 63, 64, 65, 128} {
+func TestWordsMarkNothingBehindTheEnd(t *testing.T) {
+	for _, blocks := range []int64{0, 1, 63, 64, 65, 128, chunkBlocks - 1, chunkBlocks, chunkBlocks + 1} {
 		b := NewBitmap(blocks)
 		for i := range b.Words() {
-			b.Words()[i] = ^uint64(0)
+			b.OrWord(i, ^uint64(0))
 		}
-		b.Trim()
 		if b.Count() != blocks {
 			t.Errorf("%d blocks: %d are marked", blocks, b.Count())
+		}
+		for i := range b.Words() {
+			if w := b.Word(i); w != ^uint64(0) && (i+1 != b.Words() || w != 1<<(blocks%64)-1) {
+				t.Errorf("%d blocks: word %d is %x", blocks, i, w)
+			}
+		}
+	}
+}
+
+// What one bitmap has wholly marked is the same memory as another's, and what is done to one
+// is not done to the other.
+func TestBitmapsAreIndependent(t *testing.T) {
+	const blocks = 3*chunkBlocks + 100
+	all := NewBitmap(blocks)
+	all.SetRange(0, blocks-1)
+	for name, change := range map[string]func(b *Bitmap){
+		"Set":      func(b *Bitmap) { b.Set(chunkBlocks + 5) },
+		"SetRange": func(b *Bitmap) { b.SetRange(3, 2*chunkBlocks+7) },
+		"OrWord":   func(b *Bitmap) { b.OrWord(chunkWords+3, 5) },
+		"Or": func(b *Bitmap) {
+			some := NewBitmap(blocks)
+			some.Set(chunkBlocks + 9)
+			_ = b.Or(some)
+		},
+		"OrAll": func(b *Bitmap) { _ = b.Or(all) },
+	} {
+		few := NewBitmap(blocks)
+		few.Set(70)
+		for _, b := range []*Bitmap{all, few} {
+			before, c := b.Count(), b.Clone()
+			if !c.Equal(b) {
+				t.Fatalf("%s: a copy is not the same", name)
+			}
+			change(c)
+			if b.Count() != before || b != all && c.Equal(b) {
+				t.Errorf("%s: a bitmap changed with its copy, or not the copy", name)
+			}
+			if c.Get(chunkBlocks-1) && NewBitmap(blocks).Count() != 0 {
+				t.Errorf("%s: a new bitmap is not clean", name)
+			}
+		}
+	}
+	if all.Count() != blocks || NewBitmap(blocks+1).Equal(all) || NewBitmap(blocks).Equal(all) {
+		t.Error("what is full is not, or is the same as what is clean")
+	}
+}
+
+func TestGrownKeepsWhatIsMarked(t *testing.T) {
+	rng := newRand(t)
+	for range 100 {
+		blocks := 1 + rng.Int64N(2*chunkBlocks)
+		b := NewBitmap(blocks)
+		first := rng.Int64N(blocks)
+		b.SetRange(first, first+rng.Int64N(blocks-first))
+		g := b.Grown(blocks + rng.Int64N(2*chunkBlocks))
+		if g.Count() != b.Count() || g.NextSet(0) != first || g.NextClear(first) != first+b.Count() {
+			t.Fatalf("%d blocks, %d from %d: grown has %d from %d", blocks, b.Count(), first, g.Count(), g.NextSet(0))
 		}
 	}
 }

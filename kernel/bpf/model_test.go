@@ -5,7 +5,6 @@ package bpf
 import (
 	"context"
 	"math/rand/v2"
-	"slices"
 	"testing"
 	"time"
 
@@ -25,7 +24,7 @@ func seed(t testing.TB) *rand.Rand {
 
 func wantEqual(t *testing.T, got, want *kernel.Bitmap) {
 	t.Helper()
-	if slices.Equal(got.Words(), want.Words()) {
+	if got.Equal(want) {
 		return
 	}
 	for i := range want.Blocks() {

@@ -65,19 +65,16 @@ func readWindows(maps []*ebpf.Map, fn func(first int, w [][]uint64)) error {
 	return nil
 }
 
-// addMap unites a bitmap of the kernel's into b. Of b, only words that get a
-// bit are touched: on a large device most of it is memory that was never used.
+// addMap unites a bitmap of the kernel's into b.
 func addMap(b *kernel.Bitmap, m *ebpf.Map) error {
-	dst := b.Words()
-	err := readWindows([]*ebpf.Map{m}, func(first int, w [][]uint64) {
-		for i := range min(len(w[0]), len(dst)-first) {
+	n := b.Words()
+	return readWindows([]*ebpf.Map{m}, func(first int, w [][]uint64) {
+		for i := range min(len(w[0]), n-first) {
 			if v := atomic.LoadUint64(&w[0][i]); v != 0 {
-				dst[first+i] |= v
+				b.OrWord(first+i, v)
 			}
 		}
 	})
-	b.Trim()
-	return err
 }
 
 // countUnion is how many of the first blocks are marked in either bitmap.

@@ -68,9 +68,12 @@ func TestBitmapsAreReadInWindows(t *testing.T) {
 
 func same(t *testing.T, got, want *kernel.Bitmap) {
 	t.Helper()
-	for i, w := range want.Words() {
-		if got.Words()[i] != w {
-			t.Fatalf("word %d: %x, want %x", i, got.Words()[i], w)
+	if got.Words() != want.Words() {
+		t.Fatalf("%d words, want %d", got.Words(), want.Words())
+	}
+	for i := range want.Words() {
+		if got.Word(i) != want.Word(i) {
+			t.Fatalf("word %d: %x, want %x", i, got.Word(i), want.Word(i))
 		}
 	}
 }

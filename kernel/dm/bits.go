@@ -92,10 +92,10 @@ func addPiece(f *os.File, b *kernel.Bitmap, buf []byte, at, n int64) error {
 	}
 	padded := buf[:(n+7)/8*8]
 	clear(padded[n:])
-	words := b.Words()[at/8:]
 	for i := 0; i < len(padded); i += 8 {
-		words[i/8] |= binary.LittleEndian.Uint64(padded[i:])
+		if w := binary.LittleEndian.Uint64(padded[i:]); w != 0 {
+			b.OrWord(int(at)/8+i/8, w)
+		}
 	}
-	b.Trim()
 	return nil
 }

@@ -123,7 +123,7 @@ func TestBitmapsAreReadByWhatIsMarked(t *testing.T) {
 		if err := addBits(filepath.Dir(f.Name()), "bits", got); err != nil {
 			t.Fatal(err)
 		}
-		if !slices.Equal(got.Words(), want.Words()) {
+		if !got.Equal(want) {
 			t.Errorf("%d blocks: read %d, want %d", blocks, got.Count(), want.Count())
 		}
 		for _, length := range []int64{0, int64(len(file)) - 1, int64(len(file)) + 1} {

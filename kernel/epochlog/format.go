@@ -29,13 +29,13 @@ const (
 func Encode(e kernel.Epoch) []byte {
 	blocks, words := e.Bitmap.Blocks(), e.Bitmap.Words()
 	out := make([]byte, headerSize, headerSize+4096)
-	out, runs := appendRuns(out, e.Bitmap, headerSize+8*len(words))
+	out, runs := appendRuns(out, e.Bitmap, headerSize+8*words)
 	encoding := encodingRuns
 	if !runs {
 		encoding = encodingRaw
 		out = out[:headerSize]
-		for _, w := range words {
-			out = binary.LittleEndian.AppendUint64(out, w)
+		for i := range words {
+			out = binary.LittleEndian.AppendUint64(out, e.Bitmap.Word(i))
 		}
 	}
 	if z := compress(out[headerSize:]); len(z) < len(out)-headerSize {
@@ -90,7 +90,7 @@ func Decode(data []byte) (kernel.Epoch, error) {
 // error, b may hold a part of it.
 func (h header) addTo(b *kernel.Bitmap, payload []byte) (err error) {
 	if h.encoding&encodingZstd != 0 {
-		payload, err = decompress(payload, 8*len(b.Words()))
+		payload, err = decompress(payload, 8*b.Words())
 	}
 	switch h.encoding &^ encodingZstd {
 	case encodingRuns:
@@ -170,14 +170,14 @@ func addRuns(b *kernel.Bitmap, p []byte) error {
 
 func addRaw(b *kernel.Bitmap, p []byte) error {
 	words := b.Words()
-	if len(p) != 8*len(words) {
-		return fmt.Errorf("its bitmap has %d bytes instead of %d", len(p), 8*len(words))
+	if len(p) != 8*words {
+		return fmt.Errorf("its bitmap has %d bytes instead of %d", len(p), 8*words)
 	}
 	if r := b.Blocks() % 64; r != 0 && binary.LittleEndian.Uint64(p[len(p)-8:])>>r != 0 {
 		return errors.New("it marks blocks behind the end of the device")
 	}
 	for i := range words {
-		words[i] |= binary.LittleEndian.Uint64(p[8*i:])
+		b.OrWord(i, binary.LittleEndian.Uint64(p[8*i:]))
 	}
 	return nil
 }

@@ -274,7 +274,7 @@ func TestADeviceThatGrewIsBridged(t *testing.T) {
 	want.Set(5)
 	want.Set(7)
 	want.SetRange(99, 109)
-	if b.Blocks() != 110 || !slices.Equal(b.Words(), want.Words()) {
+	if b.Blocks() != 110 || !b.Equal(want) {
 		t.Fatalf("since %v: %v of %d", p1, b.Extents(1<<30), b.Blocks())
 	}
 	if err := s.Unlock(); err != nil {

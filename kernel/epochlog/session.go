@@ -273,8 +273,7 @@ func grown(b *kernel.Bitmap, blocks int64, n uint64) (*kernel.Bitmap, error) {
 	if blocks == had {
 		return b, nil
 	}
-	out := kernel.NewBitmap(blocks)
-	copy(out.Words(), b.Words())
+	out := b.Grown(blocks)
 	out.SetRange(max(had-1, 0), blocks-1)
 	return out, nil
 }

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -123,7 +122,7 @@ func wantSince(t *testing.T, s *Session, pos kernel.Position, blocks ...int64) {
 	for _, i := range blocks {
 		want.Set(i)
 	}
-	if !slices.Equal(b.Words(), want.Words()) {
+	if !b.Equal(want) {
 		t.Fatalf("since %s: %v, want %v", pos, b.Extents(testBlocks*kernel.BlockSize), want.Extents(testBlocks*kernel.BlockSize))
 	}
 }
