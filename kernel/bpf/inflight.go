@@ -43,11 +43,7 @@ func syncCaches(t target) error {
 // such a write was marked when it was issued, in the epoch that has ended, and
 // may change the device at any time until it completes.
 func (t *Tracker) carryOver(bits *ebpf.Map) error {
-	w, err := mapWords(bits)
-	if err != nil {
-		return err
-	}
-	defer w.close()
+	marks := kernel.NewBitmap(t.target.blocks())
 	// Reading in batches walks the table bucket by bucket under each bucket's
 	// lock, so that an entry which stays in it is never passed over.
 	var (
@@ -62,21 +58,21 @@ func (t *Tracker) carryOver(bits *ebpf.Map) error {
 		}
 		for _, span := range spans[:n] {
 			if span.Done == 0 {
-				t.markSpan(w, span)
+				t.markSpan(marks, span)
 			}
 		}
 		if err != nil {
-			return nil
+			return mark(bits, marks)
 		}
 	}
 }
 
-func (t *Tracker) markSpan(w *words, span objectSpan) {
+func (t *Tracker) markSpan(b *kernel.Bitmap, span objectSpan) {
 	start := max(span.Start, t.target.start)
 	end := min(span.End, t.target.start+t.target.sectors)
 	if start < end {
 		const perBlock = kernel.BlockSize / sectorSize
-		w.set(int64((start-t.target.start)/perBlock), int64((end-1-t.target.start)/perBlock))
+		b.SetRange(int64((start-t.target.start)/perBlock), int64((end-1-t.target.start)/perBlock))
 	}
 }
 

@@ -117,12 +117,9 @@ func TestMappedCompletionIsMarkedByEachCopy(t *testing.T) {
 				h.hold(t)
 				wait := h.write(t, tr, f)
 				rotate(t, tr)
-				w, err := mapWords(tr.bits(1))
-				if err != nil {
+				if err := wipeMap(tr.bits(1)); err != nil {
 					t.Fatal(err)
 				}
-				w.clear()
-				w.close()
 				h.release(t)
 				wait()
 				wantEqual(t, rotate(t, tr), heldRange())

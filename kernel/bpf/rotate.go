@@ -175,12 +175,9 @@ func (t *Tracker) Ack(ctx context.Context, epoch uint64) error {
 }
 
 func (t *Tracker) wipe(s state) (state, error) {
-	w, err := mapWords(t.bits(1 - s.Active))
-	if err != nil {
+	if err := wipeMap(t.bits(1 - s.Active)); err != nil {
 		return state{}, err
 	}
-	defer w.close()
-	w.clear()
 	t.hook("cleared")
 	s.Step, s.PendingEpoch, s.PendingAll, s.Nonce = stepIdle, 0, 0, kernel.Nonce{}
 	return s, storeState(t.stateMap(), s)

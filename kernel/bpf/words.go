@@ -15,50 +15,33 @@ import (
 	"github.com/dsync-backup/dsync-backup/kernel"
 )
 
-// words is a bitmap of the kernel side, mapped into this process: the very
-// memory in which the programs set bits.
-type words struct {
-	mapping []byte
-	w       []uint64
-}
-
-func mapWords(m *ebpf.Map) (*words, error) {
-	n := int(m.MaxEntries())
-	page := os.Getpagesize()
-	b, err := unix.Mmap(m.FD(), 0, (n*8+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		return nil, fmt.Errorf("map the kernel's bitmap: %w", err)
-	}
-	return &words{b, unsafe.Slice((*uint64)(unsafe.Pointer(&b[0])), n)}, nil
-}
-
-func (w *words) close() { _ = unix.Munmap(w.mapping) }
-
-// windowWords is how much of a bitmap is mapped at a time to be read, in words:
-// 8 MiB. Of a bitmap of 128 MiB, more would only count as this process's memory.
+// windowWords is how much of a bitmap of the kernel side is mapped into this process at a time,
+// in words: 8 MiB. Of a bitmap of 128 MiB, more would only count as this process's memory.
 const windowWords = 1 << 20
+
+// window maps a part of one or more bitmaps, of which first is the number of the first word, and
+// hands it out: the very memory in which the programs set bits.
+func window(maps []*ebpf.Map, first, protection int, fn func(w [][]uint64)) error {
+	page := os.Getpagesize()
+	have := min(windowWords, int(maps[0].MaxEntries())-first)
+	var views [][]uint64
+	for _, m := range maps {
+		b, err := unix.Mmap(m.FD(), int64(first)*8, (have*8+page-1)/page*page, protection, unix.MAP_SHARED)
+		if err != nil {
+			return fmt.Errorf("map the kernel's bitmap: %w", err)
+		}
+		defer func() { _ = unix.Munmap(b) }()
+		views = append(views, unsafe.Slice((*uint64)(unsafe.Pointer(&b[0])), have))
+	}
+	fn(views)
+	return nil
+}
 
 // readWindows hands out the words of one or two bitmaps of the same length, a
 // window at a time; first is the number of its first word.
 func readWindows(maps []*ebpf.Map, fn func(first int, w [][]uint64)) error {
-	page := os.Getpagesize()
-	n := int(maps[0].MaxEntries())
-	for first := 0; first < n; first += windowWords {
-		have := min(windowWords, n-first)
-		var views [][]uint64
-		err := func() error {
-			for _, m := range maps {
-				b, err := unix.Mmap(m.FD(), int64(first)*8, (have*8+page-1)/page*page, unix.PROT_READ, unix.MAP_SHARED)
-				if err != nil {
-					return fmt.Errorf("map the kernel's bitmap: %w", err)
-				}
-				defer func() { _ = unix.Munmap(b) }()
-				views = append(views, unsafe.Slice((*uint64)(unsafe.Pointer(&b[0])), have))
-			}
-			fn(first, views)
-			return nil
-		}()
-		if err != nil {
+	for first := 0; first < int(maps[0].MaxEntries()); first += windowWords {
+		if err := window(maps, first, unix.PROT_READ, func(w [][]uint64) { fn(first, w) }); err != nil {
 			return err
 		}
 	}
@@ -97,27 +80,38 @@ func countUnion(maps [2]*ebpf.Map, blocks int64) (count int64, err error) {
 	return count, err
 }
 
-// set marks blocks from first to last, both included, beside the programs that
-// may be doing the same.
-func (w *words) set(first, last int64) {
-	for i := first / 64; i <= last/64; i++ {
-		mask := ^uint64(0)
-		if i == first/64 {
-			mask &= ^uint64(0) << (first % 64)
+// mark sets in a bitmap of the kernel's what is marked in b, beside the programs that may be
+// doing the same.
+func mark(m *ebpf.Map, b *kernel.Bitmap) error {
+	for i := b.NextSet(0); i < b.Blocks(); {
+		first := int(i/64) / windowWords * windowWords
+		err := window([]*ebpf.Map{m}, first, unix.PROT_READ|unix.PROT_WRITE, func(w [][]uint64) {
+			end := int64(first+len(w[0])) * 64
+			for ; i < min(end, b.Blocks()); i = b.NextSet(i/64*64 + 64) {
+				atomic.OrUint64(&w[0][int(i/64)-first], b.Word(int(i/64)))
+			}
+		})
+		if err != nil {
+			return err
 		}
-		if i == last/64 {
-			mask &= ^uint64(0) >> (63 - last%64)
-		}
-		atomic.OrUint64(&w.w[i], mask)
 	}
+	return nil
 }
 
-// clear wipes a bitmap that no program writes to any more. To look is cheaper
+// wipeMap clears a bitmap that no program writes to any more. To look is cheaper
 // than to write, and most words are clear.
-func (w *words) clear() {
-	for i, v := range w.w {
-		if v != 0 {
-			w.w[i] = 0
+func wipeMap(m *ebpf.Map) error {
+	for first := 0; first < int(m.MaxEntries()); first += windowWords {
+		err := window([]*ebpf.Map{m}, first, unix.PROT_READ|unix.PROT_WRITE, func(w [][]uint64) {
+			for i, v := range w[0] {
+				if v != 0 {
+					w[0][i] = 0
+				}
+			}
+		})
+		if err != nil {
+			return err
 		}
 	}
+	return nil
 }
