@@ -268,12 +268,12 @@ type source struct {
 	standing context.Context //nolint:containedctx // as long as one Instant
 }
 
-// ReadExtent implements [layer.Source].
-func (s source) ReadExtent(ctx context.Context, p []byte, off int64) error {
+// ReadExtents implements [layer.Source].
+func (s source) ReadExtents(ctx context.Context, reads []device.Read, most int) error {
 	if err := context.Cause(s.standing); err != nil {
 		return err
 	}
-	return s.Device.ReadExtent(ctx, p, off)
+	return s.Device.ReadExtents(ctx, reads, most)
 }
 
 // Buffer implements [layer.Source].

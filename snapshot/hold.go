@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"slices"
 	"sort"
 
 	"golang.org/x/sync/errgroup"
@@ -15,8 +16,10 @@ import (
 	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
 
-// holdPiece is how much of a long extent one read asks for.
-const holdPiece = 512 << 10
+const (
+	holdPiece = 512 << 10 // of a long extent that one read asks for
+	holdBatch = 256       // reads that are asked for together
+)
 
 // held is a part of a device's content in memory.
 type held struct {
@@ -29,47 +32,40 @@ type held struct {
 // many reads in flight.
 func hold(ctx context.Context, from layer.Source, ranges iter.Seq[kernel.Extent], total int64, parallel int) (*held, error) {
 	if parallel <= 0 {
-		parallel = 16
+		parallel = layer.DefaultParallel
 	}
 	h := &held{buf: device.AlignedBuffer(int(total))}
-	g, ctx := errgroup.WithContext(ctx)
-	work := make(chan int)
+	var reads []device.Read
 	var at int64
 	for e := range ranges {
 		for e.Length > 0 {
 			n := min(e.Length, holdPiece)
 			h.extents, h.at = append(h.extents, kernel.Extent{Offset: e.Offset, Length: n}), append(h.at, at)
+			reads = append(reads, device.Read{Offset: e.Offset, Into: h.buf[at : at+n]})
 			at += kernel.BlocksOf(n) * kernel.BlockSize
 			e.Offset, e.Length = e.Offset+n, e.Length-n
 		}
 	}
-	for range min(parallel, len(h.extents)) {
-		g.Go(func() error {
-			for i := range work {
-				e := h.extents[i]
-				if err := from.ReadExtent(ctx, h.buf[h.at[i]:h.at[i]+e.Length], e.Offset); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(2)
+	most := max(1, parallel/2)
+	for batch := range slices.Chunk(reads, holdBatch) {
+		g.Go(func() error { return from.ReadExtents(ctx, batch, most) })
 	}
-	g.Go(func() error {
-		defer close(work)
-		for i := range h.extents {
-			select {
-			case work <- i:
-			case <-ctx.Done():
-				return context.Cause(ctx)
-			}
-		}
-		return nil
-	})
 	return h, g.Wait()
 }
 
-// ReadExtent implements [layer.Source].
-func (h *held) ReadExtent(_ context.Context, p []byte, off int64) error {
+// ReadExtents implements [layer.Source].
+func (h *held) ReadExtents(_ context.Context, reads []device.Read, _ int) error {
+	for _, r := range reads {
+		if err := h.read(r.Into, r.Offset); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (h *held) read(p []byte, off int64) error {
 	for len(p) > 0 {
 		i := sort.Search(len(h.extents), func(i int) bool { return h.extents[i].End() > off })
 		if i == len(h.extents) || h.extents[i].Offset > off {

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dsync-backup/dsync-backup/snapshot/device"
 	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
 
@@ -70,11 +71,11 @@ type metered struct {
 	m *meter
 }
 
-// ReadExtent implements [layer.Source].
-func (s metered) ReadExtent(ctx context.Context, p []byte, off int64) error {
+// ReadExtents implements [layer.Source].
+func (s metered) ReadExtents(ctx context.Context, reads []device.Read, most int) error {
 	s.m.begin()
-	defer s.m.end(int64(len(p)))
-	return s.Source.ReadExtent(ctx, p, off)
+	defer s.m.end(reads)
+	return s.Source.ReadExtents(ctx, reads, most)
 }
 
 func (m *meter) begin() {
@@ -86,11 +87,13 @@ func (m *meter) begin() {
 	m.active++
 }
 
-func (m *meter) end(n int64) {
+func (m *meter) end(reads []device.Read) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.now.bytes += n
-	m.now.reads++
+	for _, r := range reads {
+		m.now.bytes += int64(len(r.Into))
+		m.now.reads++
+	}
 	if m.active--; m.active == 0 {
 		m.now.busy += time.Since(m.since)
 	}

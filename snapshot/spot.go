@@ -3,6 +3,7 @@
 package snapshot
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -97,17 +98,21 @@ func (b *backup) spotCheck(ctx context.Context, from *device.Device) (lie, err e
 	}
 	sums := layer.NewSums(ctx, b.store, layers, b.parent.Manifest.Size, size)
 	key := blocksum.Key(b.parent.Manifest.SumKey)
-	buf := source{}.Buffer(kernel.BlockSize)
-	var differ []int64
-	for _, i := range blocks {
+	buf := source{}.Buffer(len(blocks) * kernel.BlockSize)
+	reads := make([]device.Read, len(blocks))
+	for n, i := range blocks {
 		off := i * kernel.BlockSize
-		block := buf[:min(kernel.BlockSize, size-off)]
-		if err := from.ReadExtent(ctx, block, off); err != nil {
-			return nil, fmt.Errorf("check blocks: %w", err)
-		}
+		reads[n] = device.Read{Offset: off, Into: buf[n*kernel.BlockSize:][:min(kernel.BlockSize, size-off)]}
+	}
+	if err := from.ReadExtents(ctx, reads, cmp.Or(max(b.Parallel, 0), layer.DefaultParallel)); err != nil {
+		return nil, fmt.Errorf("check blocks: %w", err)
+	}
+	var differ []int64
+	for n, i := range blocks {
+		block := reads[n].Into
 		b.sum.SpotCheckedBytes += int64(len(block))
 		zero := blocksum.IsZero(block)
-		same, err := sums.Same(off, zero, key.Sum(block))
+		same, err := sums.Same(reads[n].Offset, zero, key.Sum(block))
 		if err != nil {
 			return nil, fmt.Errorf("check blocks against snapshot %s: %w", b.parent.Snapshot.Str(), err)
 		}

@@ -20,6 +20,7 @@ import (
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/repo/backend/local"
 	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
+	"github.com/dsync-backup/dsync-backup/snapshot/device"
 )
 
 // image is a device in memory.
@@ -27,11 +28,13 @@ type image struct {
 	data []byte
 }
 
-func (m *image) ReadExtent(_ context.Context, p []byte, off int64) error {
-	if off < 0 || off+int64(len(p)) > int64(len(m.data)) {
-		return fmt.Errorf("read %d bytes at %d: outside of the device", len(p), off)
+func (m *image) ReadExtents(_ context.Context, reads []device.Read, _ int) error {
+	for _, r := range reads {
+		if r.Offset < 0 || r.Offset+int64(len(r.Into)) > int64(len(m.data)) {
+			return fmt.Errorf("read %d bytes at %d: outside of the device", len(r.Into), r.Offset)
+		}
+		copy(r.Into, m.data[r.Offset:])
 	}
-	copy(p, m.data[off:])
 	return nil
 }
 
@@ -266,9 +269,11 @@ func TestHolesAreNotReadAndGiveZeros(t *testing.T) {
 type sparse struct{}
 
 func (sparse) Buffer(n int) []byte { return make([]byte, n) }
-func (sparse) ReadExtent(_ context.Context, p []byte, _ int64) error {
-	for i := range p {
-		p[i] = 1
+func (sparse) ReadExtents(_ context.Context, reads []device.Read, _ int) error {
+	for _, r := range reads {
+		for i := range r.Into {
+			r.Into[i] = 1
+		}
 	}
 	return nil
 }
@@ -327,12 +332,14 @@ func TestReadErrorEndsTheLayer(t *testing.T) {
 type failing struct{ err error }
 
 func (failing) Buffer(n int) []byte { return make([]byte, n) }
-func (f failing) ReadExtent(_ context.Context, p []byte, off int64) error {
-	if off > 10<<20 {
-		return f.err
-	}
-	for i := range p {
-		p[i] = byte(off>>12) + byte(i)
+func (f failing) ReadExtents(_ context.Context, reads []device.Read, _ int) error {
+	for _, r := range reads {
+		if r.Offset > 10<<20 {
+			return f.err
+		}
+		for i := range r.Into {
+			r.Into[i] = byte(r.Offset>>12) + byte(i)
+		}
 	}
 	return nil
 }

@@ -8,20 +8,24 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"golang.org/x/sync/semaphore"
+
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
+	"github.com/dsync-backup/dsync-backup/snapshot/device"
 )
 
 const (
 	pieceBytes   = 512 << 10 // of one piece's buffer
-	pieceExtents = 64        // small reads that one goroutine does in turn
+	pieceExtents = 64        // small reads that one goroutine does at a time
+	maxReaders   = 16        // goroutines that read
 )
 
-// Source is what is backed up. ReadExtent may be called from many goroutines.
+// Source is what is backed up. ReadExtents may be called from many goroutines.
 type Source interface {
-	// ReadExtent fills p, which lies in memory as O_DIRECT asks, with the
-	// bytes at off, or fails.
-	ReadExtent(ctx context.Context, p []byte, off int64) error
+	// ReadExtents does all the reads, up to most at once, or fails. Their memory lies as
+	// O_DIRECT asks.
+	ReadExtents(ctx context.Context, reads []device.Read, most int) error
 	// Buffer returns n bytes of such memory.
 	Buffer(n int) []byte
 }
@@ -39,6 +43,7 @@ type piece struct {
 	ranges []Range
 	buf    []byte
 	used   int
+	reads  []device.Read
 	sums   []uint64 // of each block in buf
 	zero   []bool
 	err    error
@@ -53,15 +58,20 @@ type reader struct {
 	ordered chan *piece
 	work    chan *piece
 	bytes   atomic.Int64
+	most    int64               // reads in flight, of one goroutine
+	flight  *semaphore.Weighted // all reads in flight
 	wg      sync.WaitGroup
 }
 
-// startReader reads ranges with the given number of goroutines until the
+// startReader reads ranges with up to parallel reads in flight until the
 // sequence or ctx ends. The pieces' memory is all that it takes.
 func startReader(ctx context.Context, src Source, key *blocksum.Key, ranges iter.Seq[Range], parallel int) *reader {
-	pieces := 2 * parallel
+	readers := min(parallel, maxReaders)
+	pieces := 2 * readers
 	r := &reader{
 		src: src, key: key,
+		// Two batches under way: while one is dealt with, the device has the other.
+		most: int64(max(1, parallel/2)), flight: semaphore.NewWeighted(int64(parallel)),
 		free:    make(chan *piece, pieces),
 		ordered: make(chan *piece, pieces),
 		work:    make(chan *piece, pieces),
@@ -72,7 +82,7 @@ func startReader(ctx context.Context, src Source, key *blocksum.Key, ranges iter
 			sums: make([]uint64, pieceBytes/kernel.BlockSize), zero: make([]bool, pieceBytes/kernel.BlockSize),
 		}
 	}
-	for range parallel {
+	for range readers {
 		r.wg.Go(func() {
 			for p := range r.work {
 				p.err = r.read(ctx, p)
@@ -124,25 +134,35 @@ func (r *reader) cut(ctx context.Context, ranges iter.Seq[Range]) {
 }
 
 func (r *reader) read(ctx context.Context, p *piece) error {
+	p.reads = p.reads[:0]
 	at := 0
 	for _, rg := range p.ranges {
-		if rg.Hole {
-			continue
+		if !rg.Hole {
+			p.reads = append(p.reads, device.Read{Offset: rg.Offset, Into: p.buf[at : at+int(rg.Length)]})
+			at += int(kernel.BlocksOf(rg.Length)) * kernel.BlockSize
 		}
-		buf := p.buf[at : at+int(rg.Length)]
-		if err := r.src.ReadExtent(ctx, buf, rg.Offset); err != nil {
-			return err
-		}
-		r.bytes.Add(rg.Length)
-		for len(buf) > 0 {
+	}
+	if len(p.reads) == 0 {
+		return nil
+	}
+	most := min(int64(len(p.reads)), r.most)
+	if err := r.flight.Acquire(ctx, most); err != nil {
+		return context.Cause(ctx)
+	}
+	err := r.src.ReadExtents(ctx, p.reads, int(most))
+	r.flight.Release(most)
+	if err != nil {
+		return err
+	}
+	i := 0
+	for _, read := range p.reads {
+		r.bytes.Add(int64(len(read.Into)))
+		for buf := read.Into; len(buf) > 0; i++ {
 			block := buf[:min(kernel.BlockSize, len(buf))]
-			i := at / kernel.BlockSize
-			p.zero[i] = blocksum.IsZero(block)
-			if !p.zero[i] {
+			buf = buf[len(block):]
+			if p.zero[i] = blocksum.IsZero(block); !p.zero[i] {
 				p.sums[i] = r.key.Sum(block)
 			}
-			buf = buf[len(block):]
-			at += kernel.BlockSize
 		}
 	}
 	return nil

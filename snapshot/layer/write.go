@@ -24,6 +24,9 @@ type Saver interface {
 	SaveTree(ctx context.Context, tree *repo.Tree) (repo.Saved, error)
 }
 
+// DefaultParallel is how many reads are in flight where nothing else is asked for.
+const DefaultParallel = 64
+
 // Options say what to write.
 type Options struct {
 	Source     Source
@@ -31,7 +34,7 @@ type Options struct {
 	Ranges     iter.Seq[Range] // sorted, not overlapping
 	Key        *blocksum.Key   // of the chain's sums
 	Polynomial chunker.Pol     // the repository's
-	Parallel   int             // reads in flight; 0 means 16
+	Parallel   int             // reads in flight; 0 means DefaultParallel
 	Time       time.Time       // of the files in the layer's tree
 	Expected   Expected        // if set, blocks that are as expected are left out
 	// Young, if set, are the layers of what was written lately. Scattered blocks that
@@ -58,7 +61,7 @@ type Result struct {
 // snapshot.
 func Write(ctx context.Context, to Saver, o Options) (Result, error) {
 	if o.Parallel <= 0 {
-		o.Parallel = 16
+		o.Parallel = DefaultParallel
 	}
 	if o.Progress == nil {
 		o.Progress = func(int64) {}
