@@ -19,14 +19,16 @@ type Location struct {
 	UncompressedLength uint32 // 0 if it is not compressed
 }
 
-// Table is an open table. It reads a page or two per lookup and keeps 8 bytes
-// in memory for each 85 blobs. It is safe for concurrent use.
+// Table is an open table. It reads a page or two per lookup, if they are not among
+// those that it keeps, and keeps 8 bytes in memory for each 85 blobs. It is safe for
+// concurrent use.
 type Table struct {
 	r         io.ReaderAt
 	header    header
 	sources   []pack.ID
 	dead      []bool   // by number of the source
 	directory []uint64 // the prefix that each entry page begins with
+	recent    recent
 }
 
 // OpenTable reads the head of a table of size bytes. The error wraps
@@ -99,10 +101,9 @@ func (t *Table) Entries() int64 { return t.header.entries }
 // Find appends every place of the blob to dst. With any, one is enough.
 func (t *Table) Find(dst []Location, h pack.Handle, any bool) ([]Location, error) {
 	want := prefix(h.ID[:])
-	p := pages.Get().(*page)
-	defer pages.Put(p)
 	for i := t.firstPage(h.ID); i < len(t.directory) && t.directory[i] <= want; i++ {
-		if err := readPage(t.r, t.header.entryPage()+int64(i), p); err != nil {
+		p, err := t.page(t.header.entryPage() + int64(i))
+		if err != nil {
 			return dst, err
 		}
 		n := t.entriesIn(i)
@@ -162,9 +163,8 @@ func (t *Table) pack(number uint32) (packRecord, error) {
 	if int64(number) >= t.header.packs {
 		return packRecord{}, fmt.Errorf("read index table: pack number %d of %d: %w", number, t.header.packs, ErrDamaged)
 	}
-	p := pages.Get().(*page)
-	defer pages.Put(p)
-	if err := readPage(t.r, t.header.packPage()+int64(number/per), p); err != nil {
+	p, err := t.page(t.header.packPage() + int64(number/per))
+	if err != nil {
 		return packRecord{}, err
 	}
 	return t.parsePack(p[number%per*packSize:])

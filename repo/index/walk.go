@@ -33,10 +33,9 @@ func (t *Table) Packs() ([]ListedPack, error) {
 // order, from 0. It takes no notice of which index files are still listed.
 func (t *Table) Position(h pack.Handle) (int64, bool, error) {
 	const per = payloadSize / entrySize
-	p := pages.Get().(*page)
-	defer pages.Put(p)
 	for i := t.firstPage(h.ID); i < len(t.directory) && t.directory[i] <= prefix(h.ID[:]); i++ {
-		if err := readPage(t.r, t.header.entryPage()+int64(i), p); err != nil {
+		p, err := t.page(t.header.entryPage() + int64(i))
+		if err != nil {
 			return 0, false, err
 		}
 		n := t.entriesIn(i)
