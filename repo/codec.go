@@ -5,6 +5,7 @@ package repo
 import (
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"runtime"
 
 	"github.com/klauspost/compress/zstd"
@@ -86,15 +87,25 @@ func (c *codec) sealBlob(w *scratch, t BlobType, plain []byte) (uncompressed int
 	return uncompressed
 }
 
-// checkBlob opens what sealBlob made, and leaves it as it is.
-func (c *codec) checkBlob(w *scratch, b pack.Blob) error {
+// plainSum is a quick checksum of a blob's plaintext: its CRC-32C, which finds each flip of up to
+// three bits and each damaged stretch of up to 32. It costs a tenth of the blob's ID.
+func plainSum(plain []byte) uint32 { return crc32.Checksum(plain, castagnoli) }
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// checkBlob opens what sealBlob made, compares it with the sum that the plaintext had before its
+// ID was known, and leaves it as it is.
+func (c *codec) checkBlob(w *scratch, b pack.Blob, sum uint32) error {
 	text, err := c.key.Open(w.compressed[:0], w.sealed)
 	if err != nil {
 		return err
 	}
 	w.compressed = text
 	w.plain = grow(w.plain, int(b.UncompressedLength))
-	_, err = c.decode(w.plain, b, text)
+	plain, err := c.decompress(w.plain, b, text)
+	if err == nil && plainSum(plain) != sum {
+		err = errors.New("what was sealed is not what it was given")
+	}
 	return err
 }
 
@@ -118,20 +129,28 @@ func (c *codec) openText(dst []byte, b pack.Blob, sealed []byte) (text, plain []
 // decode decompresses a blob's text, if it is compressed, and compares it with
 // the blob's ID.
 func (c *codec) decode(dst []byte, b pack.Blob, text []byte) (plain []byte, err error) {
-	plain = text
-	if b.Compressed() {
-		if cap(dst) < int(b.UncompressedLength) {
-			dst = make([]byte, 0, b.UncompressedLength)
-		}
-		if plain, err = c.dec.DecodeAll(text, dst[:0]); err != nil {
-			return nil, fmt.Errorf("decompress: %w", err)
-		}
-		if len(plain) != int(b.UncompressedLength) {
-			return nil, fmt.Errorf("decompress: %d bytes instead of %d", len(plain), b.UncompressedLength)
-		}
+	if plain, err = c.decompress(dst, b, text); err != nil {
+		return nil, err
 	}
 	if Hash(plain) != b.ID {
 		return nil, errors.New("the content does not match its ID")
+	}
+	return plain, nil
+}
+
+// decompress decompresses a blob's text, if it is compressed.
+func (c *codec) decompress(dst []byte, b pack.Blob, text []byte) (plain []byte, err error) {
+	if !b.Compressed() {
+		return text, nil
+	}
+	if cap(dst) < int(b.UncompressedLength) {
+		dst = make([]byte, 0, b.UncompressedLength)
+	}
+	if plain, err = c.dec.DecodeAll(text, dst[:0]); err != nil {
+		return nil, fmt.Errorf("decompress: %w", err)
+	}
+	if len(plain) != int(b.UncompressedLength) {
+		return nil, fmt.Errorf("decompress: %d bytes instead of %d", len(plain), b.UncompressedLength)
 	}
 	return plain, nil
 }

@@ -28,7 +28,11 @@ func (w *Writer) CopyBlobs(ctx context.Context, from ID, blobs []BlobLocation, k
 		case err != nil:
 			return err
 		case text == nil || !b.Compressed() && (compress || b.Type == TreeBlob):
-			_, err = w.store(ctx, kind(b.Handle), b.Handle, plain)
+			sum := plainSum(plain)
+			if Hash(plain) != b.ID { // once more, now that what it is has a sum
+				return fmt.Errorf("copy %s: it changed in memory (bad memory?)", b.Handle)
+			}
+			_, err = w.store(ctx, kind(b.Handle), b.Handle, plain, sum)
 		default:
 			err = w.storeText(ctx, kind(b.Handle), b, text, len(plain))
 		}

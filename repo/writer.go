@@ -141,6 +141,7 @@ func (w *Writer) SaveBlob(ctx context.Context, kind Kind, data []byte) (Saved, e
 	if err := w.Err(); err != nil {
 		return Saved{}, fmt.Errorf("save blob: %w", err)
 	}
+	sum := plainSum(data)
 	s := Saved{ID: Hash(data), PlainSize: len(data)}
 	h := BlobHandle{Type: kind.BlobType(), ID: s.ID}
 	// First claim, then look: a blob leaves inFlight only after lookups find it.
@@ -153,7 +154,7 @@ func (w *Writer) SaveBlob(ctx context.Context, kind Kind, data []byte) (Saved, e
 		s.Known = true
 		return s, nil
 	}
-	stored, err := w.store(ctx, kind, h, data)
+	stored, err := w.store(ctx, kind, h, data, sum)
 	if err != nil {
 		// Somebody may have been told that this blob is known.
 		w.fail(err)
@@ -191,8 +192,9 @@ func (w *Writer) release(h BlobHandle) {
 	delete(w.inFlight, h)
 }
 
-// store seals a blob, checks that what it sealed opens, and packs it.
-func (w *Writer) store(ctx context.Context, kind Kind, h BlobHandle, data []byte) (int, error) {
+// store seals a blob, checks that what it sealed opens and has the sum that data had before its
+// ID was computed, and packs it.
+func (w *Writer) store(ctx context.Context, kind Kind, h BlobHandle, data []byte, sum uint32) (int, error) {
 	if len(data) > maxBlob {
 		return 0, fmt.Errorf("save %s: %d bytes are too many for a blob", h, len(data))
 	}
@@ -204,10 +206,10 @@ func (w *Writer) store(ctx context.Context, kind Kind, h BlobHandle, data []byte
 	}()
 	codec := w.repo.codec
 	uncompressed := codec.sealBlob(s, h.Type, data)
-	// Bad memory must show now and not when the blob is needed. The check
-	// hashes anew, so that it also notices data that changed under us.
+	// Bad memory must show now and not when the blob is needed. The sum is older
+	// than the ID, so that data which changed under us are noticed, too.
 	blob := pack.Blob{Handle: h, Length: uint32(len(s.sealed)), UncompressedLength: uint32(uncompressed)}
-	if err := codec.checkBlob(s, blob); err != nil {
+	if err := codec.checkBlob(s, blob, sum); err != nil {
 		return 0, fmt.Errorf("check %s before storing it (bad memory, or it was changed meanwhile): %w", h, err)
 	}
 	if err := w.packers[kind].add(ctx, h, s.sealed, uncompressed); err != nil {

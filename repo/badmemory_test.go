@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package repo
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+
+	"github.com/dsync-backup/dsync-backup/repo/pack"
+)
+
+// What changes in memory at any time between its first sum and the store is noticed before it is
+// stored: one bit of the data, of the compressed text or of what is sealed.
+func TestBadMemoryIsNoticedBeforeABlobIsStored(t *testing.T) {
+	rng := newRand(t)
+	for _, mode := range []Compression{CompressionAuto, CompressionOff} {
+		r, _ := newRepo(t, Options{Compression: mode})
+		w := r.NewWriter(t.Context(), WriterOptions{})
+		for range 20 {
+			data := bytes.Repeat(randomBytes(rng, 1+rng.IntN(5000)), 1+rng.IntN(50))
+			sum, h := plainSum(data), BlobHandle{Type: DataBlob, ID: Hash(data)}
+			flipped := bytes.Clone(data)
+			flipped[rng.IntN(len(data))] ^= 1 << rng.IntN(8)
+			if _, err := w.store(t.Context(), KindData, h, flipped, sum); err == nil || !strings.Contains(err.Error(), "bad memory") {
+				t.Fatalf("data of %d bytes that changed were stored: %v", len(data), err)
+			}
+			var s scratch
+			n := r.codec.sealBlob(&s, DataBlob, data)
+			blob := pack.Blob{Handle: h, Length: uint32(len(s.sealed)), UncompressedLength: uint32(n)}
+			if err := r.codec.checkBlob(&s, blob, sum); err != nil {
+				t.Fatal(err)
+			}
+			s.sealed[rng.IntN(len(s.sealed))] ^= 1 << rng.IntN(8)
+			if err := r.codec.checkBlob(&s, blob, sum); err == nil {
+				t.Fatal("what is sealed was changed, and passed for good")
+			}
+			// What the compressor made was wrong, and was sealed as such.
+			r.codec.sealBlob(&s, DataBlob, flipped)
+			if err := r.codec.checkBlob(&s, blob, sum); err == nil {
+				t.Fatal("other data were sealed, and passed for good")
+			}
+		}
+		w.Abort()
+	}
+}
