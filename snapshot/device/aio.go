@@ -29,7 +29,8 @@ const queueDepth = 64
 // time in changing between threads than a read of a block takes, and while others compute, each
 // that has ended waits for a processor before it can begin the next.
 func (d *Device) ReadExtents(ctx context.Context, reads []Read, most int) error {
-	if most = min(most, len(reads), queueDepth); most > 1 && d.align > 1 {
+	most = max(1, min(most, len(reads), queueDepth))
+	if d.align > 1 {
 		if q := takeQueue(); q != nil {
 			defer q.put()
 			var err error
@@ -38,13 +39,8 @@ func (d *Device) ReadExtents(ctx context.Context, reads []Read, most int) error 
 			}
 		}
 	}
-	if len(reads) == 1 || most <= 1 {
-		for _, r := range reads {
-			if err := d.ReadExtent(ctx, r.Into, r.Offset); err != nil {
-				return err
-			}
-		}
-		return nil
+	if len(reads) == 1 {
+		return d.ReadExtent(ctx, reads[0].Into, reads[0].Offset)
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(most)
@@ -56,8 +52,14 @@ func (d *Device) ReadExtents(ctx context.Context, reads []Read, most int) error 
 
 // queue is a context of the kernel's asynchronous I/O: io_setup(2). io_uring would do as well,
 // but many systems and containers forbid it.
+//
+// What ends is told by an eventfd, for which the Go runtime waits with all that it waits for. A
+// call that waits in the kernel, as pread does, keeps a processor from all other goroutines until
+// the runtime notices and takes it away.
 type queue struct {
 	id     uintptr
+	ended  *os.File // the eventfd
+	notify uint32   // its number
 	blocks [queueDepth]iocb
 	events [queueDepth]ioEvent
 	free   []int  // of blocks
@@ -76,10 +78,14 @@ type iocb struct {
 	length uint64
 	offset int64
 	_      uint64
-	_, _   uint32
+	flags  uint32
+	notify uint32 // eventfd
 }
 
-const opPread = 0 // IOCB_CMD_PREAD
+const (
+	opPread    = 0 // IOCB_CMD_PREAD
+	flagNotify = 1 // IOCB_FLAG_RESFD
+)
 
 // ioEvent is struct io_event.
 type ioEvent struct {
@@ -108,7 +114,14 @@ func takeQueue() *queue {
 		return nil
 	}
 	q := &queue{reads: make([]Read, queueDepth)}
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		queues.failed = true
+		return nil
+	}
+	q.ended, q.notify = os.NewFile(uintptr(fd), "eventfd"), uint32(fd)
 	if _, _, errno := unix.Syscall(unix.SYS_IO_SETUP, queueDepth, uintptr(unsafe.Pointer(&q.id)), 0); errno != 0 {
+		_ = q.ended.Close()
 		queues.failed = true
 		return nil
 	}
@@ -171,6 +184,7 @@ func (q *queue) submit(d *Device, fd int, reads []Read, room int) (rest []Read, 
 		q.blocks[i] = iocb{
 			data: uint64(i), opcode: opPread, fd: uint32(fd), offset: r.Offset,
 			buf: uint64(uintptr(unsafe.Pointer(&r.Into[0]))), length: uint64(len(r.Into)),
+			flags: flagNotify, notify: q.notify,
 		}
 		list[n] = &q.blocks[i]
 		n++
@@ -200,9 +214,10 @@ func (q *queue) release(i int) Read {
 }
 
 // reap waits until at least so many reads have ended, and returns how many have.
-func (q *queue) reap(least int) int {
+func (q *queue) reap(least int) (ended int) {
+	var count [8]byte
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_IO_GETEVENTS, q.id, uintptr(least), queueDepth, uintptr(unsafe.Pointer(&q.events)), 0, 0)
+		n, _, errno := unix.Syscall6(unix.SYS_IO_GETEVENTS, q.id, 0, queueDepth, uintptr(unsafe.Pointer(&q.events)), 0, 0)
 		if errno == unix.EINTR {
 			continue
 		}
@@ -215,7 +230,13 @@ func (q *queue) reap(least int) int {
 				q.left = append(q.left, r)
 			}
 		}
-		return int(n)
+		if ended += int(n); ended >= least {
+			return ended
+		}
+		// The count may be of reads that were reaped already: then there is a round for nothing.
+		if _, err := q.ended.Read(count[:]); err != nil {
+			panic(err) // as above
+		}
 	}
 }
 

@@ -14,7 +14,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/snapshot/device/looptest"
 )
 
@@ -106,8 +105,8 @@ func TestErrorsOfReadExtentsNameTheBytes(t *testing.T) {
 	if err := d.ReadExtents(t.Context(), reads, 16); !errors.As(err, &re) || !errors.Is(err, unix.EIO) {
 		t.Fatalf("got %v, want an I/O error", err)
 	}
-	if want := (kernel.Extent{Offset: 5 << 20, Length: 4096}); re.Extent != want || re.Path != dev {
-		t.Errorf("error names %v of %s, want %v", re.Extent, re.Path, want)
+	if e := re.Extent; e.Offset < 5<<20 || e.Offset%(64<<10) != 0 || e.Length != 4096 || re.Path != dev {
+		t.Errorf("error names %v of %s, which is none of the reads that failed", e, re.Path)
 	}
 	// What can be read was.
 	if err := d.ReadExtents(t.Context(), reads[:80], 16); err != nil {
