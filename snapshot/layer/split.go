@@ -7,6 +7,7 @@ import (
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
+	"github.com/dsync-backup/dsync-backup/snapshot/rabin"
 )
 
 const (
@@ -34,8 +35,7 @@ type splitter struct {
 	// young reports how many bytes from off on, n at most, were all written lately before
 	// this, or all not.
 	young func(off, n int64) (length int64, young bool, err error)
-	base  *chunker.BaseChunker
-	pol   chunker.Pol
+	cut   *rabin.Chunker
 
 	next  int64 // the device offset behind the run
 	zeros int64 // bytes of zeros at the run's end, not yet part of it
@@ -145,7 +145,7 @@ func (s *splitter) lengthen(end int64) error {
 		return nil
 	}
 	s.long = true
-	s.base.Reset(s.pol)
+	s.cut.Reset()
 	s.startChunk()
 	s.run, s.runBytes = s.chunkBlob, 0
 	off, b := end-int64(len(s.short)), s.short
@@ -180,7 +180,7 @@ func (s *splitter) feed(off int64, b []byte, zero bool) error {
 		if s.chunkBlob == nil {
 			s.startChunk()
 		}
-		n := s.base.NextSplitPoint(b)
+		n := s.cut.Next(b)
 		if n < 0 {
 			s.chunk = append(s.chunk, b...)
 			return nil

@@ -15,6 +15,7 @@ import (
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
+	"github.com/dsync-backup/dsync-backup/snapshot/rabin"
 )
 
 // Saver is what writing a layer asks of a repository: [repo.Writer] is one.
@@ -130,7 +131,7 @@ func (w *writer) start(ctx context.Context, cancel context.CancelCauseFunc) {
 		})
 	}
 	w.split = &splitter{
-		part: w.part, pol: w.o.Polynomial, base: chunker.NewBase(w.o.Polynomial),
+		part: w.part, cut: rabin.New(w.o.Polynomial),
 		room: w.room,
 		young: func(off, n int64) (int64, bool, error) {
 			if w.o.Young == nil {
