@@ -21,7 +21,7 @@ const (
 	// hold for it.
 	likeTheLast = 0.03
 	// trustAtMost is how many blobs the outcome of a trial holds for.
-	trustAtMost = 64
+	trustAtMost = 128
 )
 
 // compressor makes zstd frames. With CompressionAuto they are as small as those

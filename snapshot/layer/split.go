@@ -30,7 +30,7 @@ const (
 type splitter struct {
 	part *part
 	emit func(*blob, []byte) error // hands a finished blob to the workers
-	room func() []byte             // an empty buffer for a blob
+	room func(n int) []byte        // an empty buffer for a blob of about n bytes
 	roll func(end int64) error     // closes the part at end
 	// young reports how many bytes from off on, n at most, were all written lately before
 	// this, or all not.
@@ -165,7 +165,7 @@ func (s *splitter) dropShort() {
 }
 
 func (s *splitter) startChunk() {
-	s.chunkBlob, s.chunk = new(blob), s.room()
+	s.chunkBlob, s.chunk = new(blob), s.room(maxSpare)
 }
 
 // feed chunks bytes of a long run.
@@ -256,7 +256,7 @@ func (s *splitter) gatherBlocks(off int64, b []byte) error {
 func (s *splitter) gatherInto(g *gather, off int64, b []byte) error {
 	for len(b) > 0 {
 		if g.blob == nil {
-			g.blob, g.data = new(blob), s.room()
+			g.blob, g.data = new(blob), s.room(gatherSize)
 		}
 		n := min(len(b), gatherSize-len(g.data))
 		if n < len(b) {

@@ -86,10 +86,6 @@ func Write(ctx context.Context, to Saver, o Options) (Result, error) {
 	return w.result, nil
 }
 
-// maxSpare is the largest buffer that is used again, in bytes. Few chunks are
-// larger, and memory of their size is not to be kept for those that are not.
-const maxSpare = 3 << 20
-
 type job struct {
 	kind repo.Kind
 	blob *blob
@@ -105,7 +101,7 @@ type writer struct {
 	jobs   chan job
 	open   sync.WaitGroup // jobs of the part that are not done
 	wg     sync.WaitGroup
-	spare  sync.Pool
+	spare  spares
 	result Result
 }
 
@@ -123,16 +119,14 @@ func (w *writer) start(ctx context.Context, cancel context.CancelCauseFunc) {
 					}
 					j.blob.id = saved.ID
 				}
-				if cap(j.data) <= maxSpare {
-					w.spare.Put(&j.data)
-				}
+				w.spare.put(j.data)
 				w.open.Done()
 			}
 		})
 	}
 	w.split = &splitter{
 		part: w.part, cut: rabin.New(w.o.Polynomial),
-		room: w.room,
+		room: w.spare.get,
 		young: func(off, n int64) (int64, bool, error) {
 			if w.o.Young == nil {
 				return n, false, nil
@@ -142,13 +136,6 @@ func (w *writer) start(ctx context.Context, cancel context.CancelCauseFunc) {
 		emit: func(b *blob, data []byte) error { return w.save(ctx, repo.KindData, b, data) },
 		roll: func(end int64) error { return w.closePart(ctx, end) },
 	}
-}
-
-func (w *writer) room() []byte {
-	if b, ok := w.spare.Get().(*[]byte); ok {
-		return (*b)[:0]
-	}
-	return make([]byte, 0, gatherSize)
 }
 
 func (w *writer) save(ctx context.Context, kind repo.Kind, b *blob, data []byte) error {
@@ -295,7 +282,7 @@ func (w *writer) saveSums(ctx context.Context, least int) error {
 	for len(p.sums) >= max(least, 1) {
 		n := min(len(p.sums), metaBlob)
 		b := new(blob)
-		data := append(w.room(), p.sums[:n]...)
+		data := append(w.spare.get(n), p.sums[:n]...)
 		p.sums = p.sums[:copy(p.sums, p.sums[n:])]
 		p.sumBlob, p.sumSize = append(p.sumBlob, b), p.sumSize+int64(n)
 		if err := w.save(ctx, repo.KindMeta, b, data); err != nil {
