@@ -16,6 +16,7 @@ import (
 	"github.com/dsync-backup/dsync-backup/bench/content"
 	"github.com/dsync-backup/dsync-backup/bench/result"
 	"github.com/dsync-backup/dsync-backup/repo/crypto"
+	"github.com/dsync-backup/dsync-backup/snapshot/rabin"
 )
 
 // cpuTime is what this process has used.
@@ -42,7 +43,7 @@ func runSingle(_ context.Context, b *Bench) error {
 	if err != nil {
 		return err
 	}
-	key, pol := crypto.NewKey(), chunker.NewBase(chunker.Pol(0x3DA3358B4DC173))
+	key, cut := crypto.NewKey(), rabin.New(chunker.Pol(0x3DA3358B4DC173))
 	out, sealed := make([]byte, 0, 2*blob), make([]byte, 0, 2*blob)
 	frames := make([][]byte, 0, 32)
 	for i := 0; i < len(data); i += blob {
@@ -66,7 +67,7 @@ func runSingle(_ context.Context, b *Bench) error {
 		{"unzstd", each(func(_ []byte, i int) { out, err = dec.DecodeAll(frames[i], out[:0]) })},
 		{"chunking", each(func(p []byte, _ int) {
 			for len(p) > 0 {
-				n := pol.NextSplitPoint(p)
+				n := cut.Next(p)
 				if n < 0 {
 					break
 				}
