@@ -64,6 +64,7 @@ func (b *Bitmap) Word(i int) uint64 {
 
 // OrWord marks what is set in w of the blocks of word i; bits at and beyond Blocks mark nothing.
 func (b *Bitmap) OrWord(i int, w uint64) {
+	b.mustHave(int64(i) * 64)
 	if r := b.blocks % 64; r != 0 && int64(i) == b.blocks/64 {
 		w &= 1<<r - 1
 	}
@@ -72,6 +73,13 @@ func (b *Bitmap) OrWord(i int, w uint64) {
 	}
 	if c := b.mutable(int64(i / chunkWords)); c != nil {
 		c[i%chunkWords] |= w
+	}
+}
+
+// mustHave panics if the bitmap has no block i: a mark that goes nowhere is a block that is missed.
+func (b *Bitmap) mustHave(i int64) {
+	if i < 0 || i >= b.blocks {
+		panic(fmt.Sprintf("block %d of a bitmap of %d", i, b.blocks))
 	}
 }
 
@@ -88,6 +96,7 @@ func (b *Bitmap) mutable(i int64) *chunk {
 
 // Set marks block i.
 func (b *Bitmap) Set(i int64) {
+	b.mustHave(i)
 	if c := b.mutable(i / chunkBlocks); c != nil {
 		c[i%chunkBlocks/64] |= 1 << (i % 64)
 	}
@@ -95,12 +104,18 @@ func (b *Bitmap) Set(i int64) {
 
 // Get reports whether block i is marked.
 func (b *Bitmap) Get(i int64) bool {
+	b.mustHave(i)
 	c := b.chunks[i/chunkBlocks]
 	return c != nil && c[i%chunkBlocks/64]>>(i%64)&1 == 1
 }
 
 // SetRange marks the blocks from first to last, both included.
 func (b *Bitmap) SetRange(first, last int64) {
+	if first > last {
+		return
+	}
+	b.mustHave(first)
+	b.mustHave(last)
 	for first <= last {
 		i := first / chunkBlocks
 		end := min(last, i*chunkBlocks+chunkBlocks-1)

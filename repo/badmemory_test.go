@@ -28,16 +28,24 @@ func TestBadMemoryIsNoticedBeforeABlobIsStored(t *testing.T) {
 			var s scratch
 			n := r.codec.sealBlob(&s, DataBlob, data)
 			blob := pack.Blob{Handle: h, Length: uint32(len(s.sealed)), UncompressedLength: uint32(n)}
-			if err := r.codec.checkBlob(&s, blob, sum); err != nil {
+			if err := r.codec.checkBlob(&s, blob, sum, false); err != nil {
 				t.Fatal(err)
 			}
+			wrong := blob
+			wrong.ID[rng.IntN(32)] ^= 1 << rng.IntN(8)
+			if err := r.codec.checkBlob(&s, wrong, sum, true); err == nil {
+				t.Fatal("a wrong ID passed for the right one")
+			}
+			if _, err := w.store(t.Context(), KindMeta, wrong.Handle, data, sum); err == nil {
+				t.Fatal("metadata were stored under a wrong ID")
+			}
 			s.sealed[rng.IntN(len(s.sealed))] ^= 1 << rng.IntN(8)
-			if err := r.codec.checkBlob(&s, blob, sum); err == nil {
+			if err := r.codec.checkBlob(&s, blob, sum, false); err == nil {
 				t.Fatal("what is sealed was changed, and passed for good")
 			}
 			// What the compressor made was wrong, and was sealed as such.
 			r.codec.sealBlob(&s, DataBlob, flipped)
-			if err := r.codec.checkBlob(&s, blob, sum); err == nil {
+			if err := r.codec.checkBlob(&s, blob, sum, false); err == nil {
 				t.Fatal("other data were sealed, and passed for good")
 			}
 		}

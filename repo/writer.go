@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -193,7 +194,7 @@ func (w *Writer) release(h BlobHandle) {
 }
 
 // store seals a blob, checks that what it sealed opens and has the sum that data had before its
-// ID was computed, and packs it.
+// ID was computed, and packs it. The IDs of what describes data are computed again, and some others.
 func (w *Writer) store(ctx context.Context, kind Kind, h BlobHandle, data []byte, sum uint32) (int, error) {
 	if len(data) > maxBlob {
 		return 0, fmt.Errorf("save %s: %d bytes are too many for a blob", h, len(data))
@@ -209,7 +210,7 @@ func (w *Writer) store(ctx context.Context, kind Kind, h BlobHandle, data []byte
 	// Bad memory must show now and not when the blob is needed. The sum is older
 	// than the ID, so that data which changed under us are noticed, too.
 	blob := pack.Blob{Handle: h, Length: uint32(len(s.sealed)), UncompressedLength: uint32(uncompressed)}
-	if err := codec.checkBlob(s, blob, sum); err != nil {
+	if err := codec.checkBlob(s, blob, sum, kind != KindData || rand.Uint32N(hashEvery) == 0); err != nil {
 		return 0, fmt.Errorf("check %s before storing it (bad memory, or it was changed meanwhile): %w", h, err)
 	}
 	if err := w.packers[kind].add(ctx, h, s.sealed, uncompressed); err != nil {

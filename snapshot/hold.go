@@ -47,7 +47,7 @@ func hold(ctx context.Context, from layer.Source, ranges iter.Seq[kernel.Extent]
 		}
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(2)
+	g.SetLimit(min(2, parallel))
 	most := max(1, parallel/2)
 	for batch := range slices.Chunk(reads, holdBatch) {
 		g.Go(func() error { return from.ReadExtents(ctx, batch, most) })

@@ -18,6 +18,9 @@ import (
 // DefaultSpotCheck is the least number of blocks that a spot check reads.
 const DefaultSpotCheck = 16
 
+// spotBatch is how many blocks of a spot check are read together: 4 MiB.
+const spotBatch = 1024
+
 // maxSpotCheck bounds the time of one, and with it that of a freeze.
 const maxSpotCheck = 2048
 
@@ -98,26 +101,28 @@ func (b *backup) spotCheck(ctx context.Context, from *device.Device) (lie, err e
 	}
 	sums := layer.NewSums(ctx, b.store, layers, b.parent.Manifest.Size, size)
 	key := blocksum.Key(b.parent.Manifest.SumKey)
-	buf := source{}.Buffer(len(blocks) * kernel.BlockSize)
-	reads := make([]device.Read, len(blocks))
-	for n, i := range blocks {
-		off := i * kernel.BlockSize
-		reads[n] = device.Read{Offset: off, Into: buf[n*kernel.BlockSize:][:min(kernel.BlockSize, size-off)]}
-	}
-	if err := from.ReadExtents(ctx, reads, cmp.Or(max(b.Parallel, 0), layer.DefaultParallel)); err != nil {
-		return nil, fmt.Errorf("check blocks: %w", err)
-	}
+	buf := source{}.Buffer(min(len(blocks), spotBatch) * kernel.BlockSize)
 	var differ []int64
-	for n, i := range blocks {
-		block := reads[n].Into
-		b.sum.SpotCheckedBytes += int64(len(block))
-		zero := blocksum.IsZero(block)
-		same, err := sums.Same(reads[n].Offset, zero, key.Sum(block))
-		if err != nil {
-			return nil, fmt.Errorf("check blocks against snapshot %s: %w", b.parent.Snapshot.Str(), err)
+	for batch := range slices.Chunk(blocks, spotBatch) {
+		reads := make([]device.Read, len(batch))
+		for n, i := range batch {
+			off := i * kernel.BlockSize
+			reads[n] = device.Read{Offset: off, Into: buf[n*kernel.BlockSize:][:min(kernel.BlockSize, size-off)]}
 		}
-		if !same {
-			differ = append(differ, i)
+		if err := from.ReadExtents(ctx, reads, cmp.Or(max(b.Parallel, 0), layer.DefaultParallel)); err != nil {
+			return nil, fmt.Errorf("check blocks: %w", err)
+		}
+		for n, i := range batch {
+			block := reads[n].Into
+			b.sum.SpotCheckedBytes += int64(len(block))
+			zero := blocksum.IsZero(block)
+			same, err := sums.Same(reads[n].Offset, zero, key.Sum(block))
+			if err != nil {
+				return nil, fmt.Errorf("check blocks against snapshot %s: %w", b.parent.Snapshot.Str(), err)
+			}
+			if !same {
+				differ = append(differ, i)
+			}
 		}
 	}
 	if len(differ) == 0 {

@@ -83,6 +83,9 @@ func countUnion(maps [2]*ebpf.Map, blocks int64) (count int64, err error) {
 // mark sets in a bitmap of the kernel's what is marked in b, beside the programs that may be
 // doing the same.
 func mark(m *ebpf.Map, b *kernel.Bitmap) error {
+	if m.MaxEntries() < uint32(b.Words()) {
+		return fmt.Errorf("mark blocks in the kernel's bitmap: it has %d words, not %d", m.MaxEntries(), b.Words())
+	}
 	for i := b.NextSet(0); i < b.Blocks(); {
 		first := int(i/64) / windowWords * windowWords
 		err := window([]*ebpf.Map{m}, first, unix.PROT_READ|unix.PROT_WRITE, func(w [][]uint64) {

@@ -14,7 +14,7 @@ import (
 // kept from memory.
 func TestPagesThatAreKeptAreTheRightOnes(t *testing.T) {
 	rng := newRand(t)
-	packs := randomPacks(rng, 1500, 60)
+	packs := randomPacks(rng, 6000, 60)
 	m := model{}
 	m.add(packs)
 	table := open(t, buildTable(t, pack.ID{9}, packs))

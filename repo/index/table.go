@@ -28,7 +28,7 @@ type Table struct {
 	sources   []pack.ID
 	dead      []bool   // by number of the source
 	directory []uint64 // the prefix that each entry page begins with
-	recent    recent
+	number    uint64   // of the table, in this process
 }
 
 // OpenTable reads the head of a table of size bytes. The error wraps
@@ -50,7 +50,7 @@ func OpenTable(r io.ReaderAt, size int64) (*Table, error) {
 		return nil, fmt.Errorf("read index table: %d bytes instead of %d: %w", size, h.size(), ErrDamaged)
 	}
 	t := &Table{
-		r: r, header: h, dead: make([]bool, h.sources),
+		r: r, header: h, dead: make([]bool, h.sources), number: tableNumbers.Add(1),
 		sources: make([]pack.ID, 0, h.sources), directory: make([]uint64, 0, h.entryPages()),
 	}
 	err = t.records(h.sourcePage(), h.sources, sourceSize, func(b []byte) error {

@@ -26,14 +26,13 @@ func NewBuilder(buf []byte, limit int) *Builder { return &Builder{data: buf[:0],
 // Buffer is the pack's memory, to be used again when the pack is not.
 func (b *Builder) Buffer() []byte { return b.data }
 
-// reserve makes room for a pack of need bytes. Memory grows in steps of sixteen up to the limit:
-// a small pack takes little, a full one is copied twice, and what a pack of some MiB does not use
-// is not touched.
+// reserve makes room for a pack of need bytes. Memory grows fourfold up to the limit, so that a
+// small pack takes little and a full one is not copied often.
 func (b *Builder) reserve(need int) {
 	if need <= cap(b.data) {
 		return
 	}
-	size := max(16*cap(b.data), 256<<10)
+	size := max(4*cap(b.data), 256<<10)
 	if size > b.limit {
 		size = b.limit
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"os"
 	"sync"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sync/errgroup"
@@ -32,9 +33,10 @@ func (d *Device) ReadExtents(ctx context.Context, reads []Read, most int) error 
 	most = max(1, min(most, len(reads), queueDepth))
 	if d.align > 1 {
 		if q := takeQueue(); q != nil {
-			defer q.put()
 			var err error
-			if reads, err = q.read(ctx, d, reads, most); err != nil {
+			reads, err = q.read(ctx, d, reads, most)
+			q.put()
+			if err != nil {
 				return err
 			}
 		}
@@ -65,6 +67,7 @@ type queue struct {
 	free   []int  // of blocks
 	reads  []Read // of each block in flight; they keep their memory alive
 	left   []Read // those that are to be done another way
+	failed bool   // one of those in flight did not give all that it should
 }
 
 // iocb is struct iocb of linux/aio_abi.h. What is not named stays zero.
@@ -120,6 +123,11 @@ func takeQueue() *queue {
 		return nil
 	}
 	q.ended, q.notify = os.NewFile(uintptr(fd), "eventfd"), uint32(fd)
+	if err := q.ended.SetReadDeadline(time.Time{}); err != nil { // the runtime cannot wait for it
+		_ = q.ended.Close()
+		queues.failed = true
+		return nil
+	}
 	if _, _, errno := unix.Syscall(unix.SYS_IO_SETUP, queueDepth, uintptr(unsafe.Pointer(&q.id)), 0); errno != 0 {
 		_ = q.ended.Close()
 		queues.failed = true
@@ -140,14 +148,18 @@ func (q *queue) put() {
 
 // read does the reads that can be done this way, and returns the others: those that are not
 // aligned, and those that did not give all that they should, so that they tell why when they are
-// done one by one. Whatever happens, nothing is in flight on return.
+// done one by one. Once one failed, no more are begun: a bad disk takes its time for each. Whatever
+// happens, nothing is in flight on return.
 func (q *queue) read(ctx context.Context, d *Device, reads []Read, most int) (left []Read, err error) {
-	q.left = nil
+	q.left, q.failed = nil, false
 	ctlErr := d.control(func(fd int) {
 		for flying := 0; len(reads) > 0 || flying > 0; {
 			if cause := ctx.Err(); cause != nil && len(reads) > 0 {
 				e := kernel.Extent{Offset: reads[0].Offset, Length: int64(len(reads[0].Into))}
 				err, reads = &ReadError{d.path, e, cause}, nil
+			}
+			if q.failed {
+				q.left, reads = append(q.left, reads...), nil
 			}
 			var n int
 			reads, n = q.submit(d, fd, reads, most-flying)
@@ -227,14 +239,16 @@ func (q *queue) reap(least int) (ended int) {
 		}
 		for _, e := range q.events[:n] {
 			if r := q.release(int(e.data)); e.res != int64(len(r.Into)) {
-				q.left = append(q.left, r)
+				q.left, q.failed = append(q.left, r), true
 			}
 		}
 		if ended += int(n); ended >= least {
 			return ended
 		}
-		// The count may be of reads that were reaped already: then there is a round for nothing.
-		if _, err := q.ended.Read(count[:]); err != nil {
+		// The count may be of reads that were reaped already: then there is a round for nothing, as
+		// there is now and then in case a signal was lost.
+		_ = q.ended.SetReadDeadline(time.Now().Add(time.Second))
+		if _, err := q.ended.Read(count[:]); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			panic(err) // as above
 		}
 	}

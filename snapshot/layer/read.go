@@ -152,6 +152,9 @@ func (r *reader) read(ctx context.Context, p *piece) error {
 	err := r.src.ReadExtents(ctx, p.reads, int(most))
 	r.flight.Release(most)
 	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			return cause // what it was that ended it, and not that it was
+		}
 		return err
 	}
 	i := 0
