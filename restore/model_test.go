@@ -77,8 +77,8 @@ func (f *fixture) everyWay() {
 }
 
 func TestWindowsBeginAndEndAtWholeBlocksAndCoverEverythingOnce(t *testing.T) {
-	f := newFixture(t, seed(t), 6<<20+1234)
-	f.fill(f.image) // one run, chunked: hardly a border is a block's
+	f := newFixture(t, seed(t), 17<<20+1234) // three chunks at least
+	f.fill(f.image)                          // one run, chunked: hardly a border is a block's
 	s := f.backup(1, kernel.Extent{Length: int64(len(f.image))})
 	c, err := openChain(t.Context(), f.store, s.device)
 	f.must(err)
