@@ -48,7 +48,7 @@ func TestBootOfABrokenEmulator(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			bootTime = usual
 			if name == "hang" {
-				bootTime = 25 * time.Second
+				bootTime = 45 * time.Second
 			}
 			dir := t.TempDir()
 			script := fmt.Sprintf("#!/bin/sh\nif mkdir %s/broke 2>/dev/null; then %s\nfi\nexec %s \"$@\"\n", dir, fault, qemu)
