@@ -4,11 +4,11 @@ package systemtest
 
 import (
 	"encoding/binary"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -53,14 +53,14 @@ func BenchmarkMillionBlobs(b *testing.B) {
 			if round > 0 {
 				args = append(args, "--changes", ranges)
 			}
-			cmd := e.command(args...)
-			forgetPeak()
+			cmd := e.prepare("/proc/self/exe", append([]string{measureArg, dsync}, args...)...)
 			began := time.Now()
-			if res := finish(b, cmd); res.code != 0 {
-				b.Fatalf("%+v", res)
+			res := finish(b, cmd)
+			kib, err := strconv.ParseFloat(strings.TrimSpace(res.stdout), 64)
+			if res.code != 0 || err != nil {
+				b.Fatalf("%+v: %v", res, err)
 			}
-			usage, _ := cmd.ProcessState.SysUsage().(*syscall.Rusage)
-			t := taken{time.Since(began).Seconds(), (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds(), float64(usage.Maxrss) / 1024}
+			t := taken{time.Since(began).Seconds(), (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds(), kib / 1024}
 			b.Logf("round %d, full %v: %+v", round, e == full, t)
 			switch l := least[e]; {
 			case round < 2: // the cache is not warm
@@ -77,20 +77,26 @@ func BenchmarkMillionBlobs(b *testing.B) {
 	b.ReportMetric(y.rss/x.rss, "RSS-ratio")
 	b.ReportMetric(y.wall, "s")
 	b.ReportMetric(y.rss, "MiB-RSS")
-	forgetPeak()
-	nothing := exec.Command("true")
-	if err := nothing.Run(); err != nil {
-		b.Fatal(err)
-	}
-	usage, _ := nothing.ProcessState.SysUsage().(*syscall.Rusage)
-	b.ReportMetric(float64(usage.Maxrss)/1024, "MiB-RSS-of-test")
 }
 
-// forgetPeak makes this process's own peak of memory small: the kernel counts as a process's
-// peak also what it had before it became the command.
-func forgetPeak() {
-	debug.FreeOSMemory()
-	_ = os.WriteFile("/proc/self/clear_refs", []byte("5"), 0) // else the figure of the test shows it
+// measureArg makes the test binary run a command and say, in KiB, how much memory it had resident
+// at most. The kernel counts as a process's peak also what the one that started it had, and this
+// binary has little as long as it does nothing else.
+const measureArg = "run-and-measure"
+
+func measureMain(args []string) int {
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage)
+	if !ok {
+		return 1
+	}
+	fmt.Println(usage.Maxrss)
+	return 0
 }
 
 // fillWithBlobs stores n small blobs that a snapshot needs.

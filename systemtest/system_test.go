@@ -30,6 +30,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) == 5 && os.Args[1] == userArg {
 		os.Exit(userMain(os.Args[2:]))
 	}
+	if len(os.Args) > 2 && os.Args[1] == measureArg {
+		os.Exit(measureMain(os.Args[2:]))
+	}
 	os.Exit(func() int {
 		if os.Geteuid() != 0 {
 			fmt.Fprintln(os.Stderr, "systemtest needs root: it makes loop devices, mounts them and tracks them")
