@@ -37,21 +37,32 @@ func window(maps []*ebpf.Map, first, protection int, fn func(w [][]uint64)) erro
 	return nil
 }
 
-// readWindows hands out the words of one or two bitmaps of the same length, a
+// windows hands out the words of one or two bitmaps of the same length, a
 // window at a time; first is the number of its first word.
-func readWindows(maps []*ebpf.Map, fn func(first int, w [][]uint64)) error {
+func windows(maps []*ebpf.Map, protection int, fn func(first int, w [][]uint64)) error {
 	for first := 0; first < int(maps[0].MaxEntries()); first += windowWords {
-		if err := window(maps, first, unix.PROT_READ, func(w [][]uint64) { fn(first, w) }); err != nil {
+		if err := window(maps, first, protection, func(w [][]uint64) { fn(first, w) }); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// covers fails if the kernel's bitmap m has no place for some of b: those blocks would be missed.
+func covers(m *ebpf.Map, b *kernel.Bitmap) error {
+	if have := int64(m.MaxEntries()); have < int64(b.Words()) {
+		return fmt.Errorf("the kernel's bitmap has %d words, and %d are needed for %d blocks", have, b.Words(), b.Blocks())
+	}
+	return nil
+}
+
 // addMap unites a bitmap of the kernel's into b.
 func addMap(b *kernel.Bitmap, m *ebpf.Map) error {
+	if err := covers(m, b); err != nil {
+		return err
+	}
 	n := b.Words()
-	return readWindows([]*ebpf.Map{m}, func(first int, w [][]uint64) {
+	return windows([]*ebpf.Map{m}, unix.PROT_READ, func(first int, w [][]uint64) {
 		for i := range min(len(w[0]), n-first) {
 			if v := atomic.LoadUint64(&w[0][i]); v != 0 {
 				b.OrWord(first+i, v)
@@ -62,7 +73,7 @@ func addMap(b *kernel.Bitmap, m *ebpf.Map) error {
 
 // countUnion is how many of the first blocks are marked in either bitmap.
 func countUnion(maps [2]*ebpf.Map, blocks int64) (count int64, err error) {
-	err = readWindows(maps[:], func(first int, w [][]uint64) {
+	err = windows(maps[:], unix.PROT_READ, func(first int, w [][]uint64) {
 		for i := range w[0] {
 			v := atomic.LoadUint64(&w[0][i]) | atomic.LoadUint64(&w[1][i])
 			if v == 0 {
@@ -83,8 +94,8 @@ func countUnion(maps [2]*ebpf.Map, blocks int64) (count int64, err error) {
 // mark sets in a bitmap of the kernel's what is marked in b, beside the programs that may be
 // doing the same.
 func mark(m *ebpf.Map, b *kernel.Bitmap) error {
-	if m.MaxEntries() < uint32(b.Words()) {
-		return fmt.Errorf("mark blocks in the kernel's bitmap: it has %d words, not %d", m.MaxEntries(), b.Words())
+	if err := covers(m, b); err != nil {
+		return err
 	}
 	for i := b.NextSet(0); i < b.Blocks(); {
 		first := int(i/64) / windowWords * windowWords
@@ -104,17 +115,11 @@ func mark(m *ebpf.Map, b *kernel.Bitmap) error {
 // wipeMap clears a bitmap that no program writes to any more. To look is cheaper
 // than to write, and most words are clear.
 func wipeMap(m *ebpf.Map) error {
-	for first := 0; first < int(m.MaxEntries()); first += windowWords {
-		err := window([]*ebpf.Map{m}, first, unix.PROT_READ|unix.PROT_WRITE, func(w [][]uint64) {
-			for i, v := range w[0] {
-				if v != 0 {
-					w[0][i] = 0
-				}
+	return windows([]*ebpf.Map{m}, unix.PROT_READ|unix.PROT_WRITE, func(_ int, w [][]uint64) {
+		for i, v := range w[0] {
+			if v != 0 {
+				w[0][i] = 0
 			}
-		})
-		if err != nil {
-			return err
 		}
-	}
-	return nil
+	})
 }

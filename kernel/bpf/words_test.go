@@ -53,6 +53,9 @@ func TestBitmapsAreReadInWindows(t *testing.T) {
 		t.Errorf("%d blocks are counted, %d are set: %v", n, want.Count(), err)
 	}
 	same(t, want.Clone(), want)
+	if larger := kernel.NewBitmap(words*64 + 1); addMap(larger, maps[0]) == nil || mark(maps[0], larger) == nil {
+		t.Error("a bitmap passes for one of a larger device")
+	}
 	if err := wipeMap(maps[0]); err != nil {
 		t.Fatal(err)
 	}
