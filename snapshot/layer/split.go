@@ -35,7 +35,8 @@ type splitter struct {
 	// young reports how many bytes from off on, n at most, were all written lately before
 	// this, or all not.
 	young func(off, n int64) (length int64, young bool, err error)
-	cut   *rabin.Chunker
+	pol   chunker.Pol
+	cut   *rabin.Chunker // made for the first long run; most small backups have none
 
 	next  int64 // the device offset behind the run
 	zeros int64 // bytes of zeros at the run's end, not yet part of it
@@ -145,6 +146,9 @@ func (s *splitter) lengthen(end int64) error {
 		return nil
 	}
 	s.long = true
+	if s.cut == nil {
+		s.cut = rabin.New(s.pol)
+	}
 	s.cut.Reset()
 	s.startChunk()
 	s.run, s.runBytes = s.chunkBlob, 0

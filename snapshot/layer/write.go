@@ -15,7 +15,6 @@ import (
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
-	"github.com/dsync-backup/dsync-backup/snapshot/rabin"
 )
 
 // Saver is what writing a layer asks of a repository: [repo.Writer] is one.
@@ -125,7 +124,7 @@ func (w *writer) start(ctx context.Context, cancel context.CancelCauseFunc) {
 		})
 	}
 	w.split = &splitter{
-		part: w.part, cut: rabin.New(w.o.Polynomial),
+		part: w.part, pol: w.o.Polynomial,
 		room: w.spare.get,
 		young: func(off, n int64) (int64, bool, error) {
 			if w.o.Young == nil {
