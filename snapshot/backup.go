@@ -69,7 +69,7 @@ type Options struct {
 	// does. nil: it may.
 	Settled func(context.Context) error
 
-	Parallel int
+	Parallel int // reads in flight; 0: layer.DefaultParallel
 	Progress func(Progress)
 	Warn     func(error)
 }
@@ -126,6 +126,9 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 	}
 	if b.Progress == nil {
 		b.Progress = func(Progress) {}
+	}
+	if b.Parallel <= 0 {
+		b.Parallel = layer.DefaultParallel
 	}
 	if err := r.RequireWritable(); err != nil {
 		return nil, err

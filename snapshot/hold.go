@@ -31,9 +31,6 @@ type held struct {
 // hold reads ranges of a source, total bytes of whole blocks at most, with
 // many reads in flight.
 func hold(ctx context.Context, from layer.Source, ranges iter.Seq[kernel.Extent], total int64, parallel int) (*held, error) {
-	if parallel <= 0 {
-		parallel = layer.DefaultParallel
-	}
 	h := &held{buf: device.AlignedBuffer(int(total))}
 	var reads []device.Read
 	var at int64

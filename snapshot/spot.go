@@ -3,7 +3,6 @@
 package snapshot
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -109,7 +108,7 @@ func (b *backup) spotCheck(ctx context.Context, from *device.Device) (lie, err e
 			off := i * kernel.BlockSize
 			reads[n] = device.Read{Offset: off, Into: buf[n*kernel.BlockSize:][:min(kernel.BlockSize, size-off)]}
 		}
-		if err := from.ReadExtents(ctx, reads, cmp.Or(max(b.Parallel, 0), layer.DefaultParallel)); err != nil {
+		if err := from.ReadExtents(ctx, reads, b.Parallel); err != nil {
 			return nil, fmt.Errorf("check blocks: %w", err)
 		}
 		for n, i := range batch {
