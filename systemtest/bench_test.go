@@ -3,39 +3,68 @@
 package systemtest
 
 import (
+	"fmt"
 	"math/rand/v2"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 )
 
-// measured runs the command and reports the most memory that it had resident.
-// The kernel counts what the process had before it became the command, too:
-// that is this test's, which is why it keeps small.
-func (e *env) measured(b *testing.B, bytes int64, args ...string) {
-	b.Helper()
-	cmd := e.command(args...)
-	b.SetBytes(bytes)
-	b.ResetTimer()
-	r := finish(b, cmd)
-	b.StopTimer()
-	if r.code != 0 {
-		b.Fatalf("%v: %+v", args, r)
+// cost is what a command took: seconds, seconds of processor time, and MiB that it had resident at
+// most.
+type cost struct{ wall, cpu, rss float64 }
+
+// cost runs the command, which must succeed.
+func (e *env) cost(args ...string) cost {
+	e.t.Helper()
+	cmd := e.prepare("/proc/self/exe", append([]string{measureArg, dsync}, args...)...)
+	began := time.Now()
+	r := finish(e.t, cmd)
+	took := time.Since(began).Seconds()
+	kib, err := strconv.ParseFloat(strings.TrimSpace(r.stdout), 64)
+	if r.code != 0 || err != nil {
+		e.t.Fatalf("%v: %+v: %v", args, r, err)
 	}
-	var own syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &own); err != nil {
-		b.Fatal(err)
+	return cost{took, (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds(), kib / 1024}
+}
+
+// measureArg makes the test binary run a command and say, in KiB, how much memory it had resident
+// at most. The kernel counts as a process's peak also what the one that started it had, and this
+// binary has little as long as it does nothing else.
+const measureArg = "run-and-measure"
+
+func measureMain(args []string) int {
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
 	}
 	usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage)
 	if !ok {
-		b.Fatal("the system says nothing of the process's memory")
+		return 1
 	}
-	b.ReportMetric(float64(usage.Maxrss)/1024, "MiB-RSS")
-	b.ReportMetric(float64(own.Maxrss)/1024, "MiB-RSS-of-test")
-	b.ReportMetric(cmd.ProcessState.UserTime().Seconds()+cmd.ProcessState.SystemTime().Seconds(), "CPU-s")
+	fmt.Println(usage.Maxrss)
+	return 0
+}
+
+// measured runs the command and reports its cost.
+func (e *env) measured(b *testing.B, bytes int64, args ...string) {
+	b.Helper()
+	b.SetBytes(bytes)
+	b.ResetTimer()
+	c := e.cost(args...)
+	b.StopTimer()
+	b.ReportMetric(c.rss, "MiB-RSS")
+	b.ReportMetric(c.cpu, "CPU-s")
 }
 
 // BenchmarkDevice measures a full backup of a device of 8 GiB with data that

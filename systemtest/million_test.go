@@ -4,15 +4,12 @@ package systemtest
 
 import (
 	"encoding/binary"
-	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -38,8 +35,7 @@ func BenchmarkMillionBlobs(b *testing.B) {
 	fillRange(b, f, c, 0, size)
 	empty, full := lightEnv(b), lightEnv(b)
 	full.fillWithBlobs(1_000_000)
-	type taken struct{ wall, cpu, rss float64 }
-	least := map[*env]*taken{empty: nil, full: nil}
+	least := map[*env]*cost{empty: nil, full: nil}
 	for round := range 6 {
 		var list strings.Builder
 		blocks := someBlocks(r, size, 1000)
@@ -53,21 +49,14 @@ func BenchmarkMillionBlobs(b *testing.B) {
 			if round > 0 {
 				args = append(args, "--changes", ranges)
 			}
-			cmd := e.prepare("/proc/self/exe", append([]string{measureArg, dsync}, args...)...)
-			began := time.Now()
-			res := finish(b, cmd)
-			kib, err := strconv.ParseFloat(strings.TrimSpace(res.stdout), 64)
-			if res.code != 0 || err != nil {
-				b.Fatalf("%+v: %v", res, err)
-			}
-			t := taken{time.Since(began).Seconds(), (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds(), kib / 1024}
+			t := e.cost(args...)
 			b.Logf("round %d, full %v: %+v", round, e == full, t)
 			switch l := least[e]; {
 			case round < 2: // the cache is not warm
 			case l == nil:
 				least[e] = &t
 			default:
-				least[e] = &taken{min(l.wall, t.wall), min(l.cpu, t.cpu), min(l.rss, t.rss)}
+				least[e] = &cost{min(l.wall, t.wall), min(l.cpu, t.cpu), min(l.rss, t.rss)}
 			}
 		}
 	}
@@ -77,26 +66,6 @@ func BenchmarkMillionBlobs(b *testing.B) {
 	b.ReportMetric(y.rss/x.rss, "RSS-ratio")
 	b.ReportMetric(y.wall, "s")
 	b.ReportMetric(y.rss, "MiB-RSS")
-}
-
-// measureArg makes the test binary run a command and say, in KiB, how much memory it had resident
-// at most. The kernel counts as a process's peak also what the one that started it had, and this
-// binary has little as long as it does nothing else.
-const measureArg = "run-and-measure"
-
-func measureMain(args []string) int {
-	cmd := exec.Command(args[0], args[1:]...)
-	cmd.Stderr = os.Stderr
-	if err := cmd.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage)
-	if !ok {
-		return 1
-	}
-	fmt.Println(usage.Maxrss)
-	return 0
 }
 
 // fillWithBlobs stores n small blobs that a snapshot needs.
