@@ -166,7 +166,7 @@ func (m *Machine) brokenEmulation() bool {
 		return true
 	}
 	b, err := os.ReadFile(m.file(fmt.Sprintf("kernel-%d.log", m.boots)))
-	return os.IsNotExist(err) || err == nil && !ranInit(b)
+	return os.IsNotExist(err) || err == nil && (!ranInit(b) || bytes.Contains(b, []byte("Oops: int3")))
 }
 
 // ranInit reports whether a kernel's log says that it came to its first program.
