@@ -49,6 +49,7 @@ func (b *backup) forward(ctx context.Context, links []link) (*repo.ID, error) {
 	counted := &countingSaver{Saver: b.stage}
 	o := b.layerOptions(source{b.Device, ctx}, toRead(seq(ranges)))
 	o.Expected, o.Progress = opposite{layer.NewSums(ctx, b.stage, layers, size, size)}, nil
+	o.Ages = b.ages(links, layers)
 	res, err := layer.Write(ctx, counted, o)
 	b.sum.CopiedForwardPacked += counted.stored.Load()
 	b.forwarded += counted.plain.Load()

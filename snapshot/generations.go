@@ -93,9 +93,11 @@ func (c *generational) shorten(ctx context.Context) error {
 	return nil
 }
 
-func (c *generational) names() []string {
-	names := make([]string, len(c.links))
-	for i, l := range c.links {
+func (c *generational) names() []string { return linkNames(c.links) }
+
+func linkNames(links []link) []string {
+	names := make([]string, len(links))
+	for i, l := range links {
 		names[i] = l.name
 	}
 	return names
@@ -213,18 +215,18 @@ func (c *generational) apart() func(i int) bool {
 	return func(i int) bool { return i >= rest-1 && i < recent }
 }
 
-// write stores a layer of this backup: scattered blocks apart that were written lately.
+// write stores a layer of this backup: scattered blocks with others of their age.
 func (b *backup) write(ctx context.Context, to layer.Saver, o layer.Options) (_ layer.Result, err error) {
-	if o.Young, err = b.openYoung(ctx); err != nil {
+	if o.Ages, err = b.openAges(ctx); err != nil {
 		return layer.Result{}, err
 	}
 	return layer.Write(ctx, to, o)
 }
 
-// openYoung opens the layers of what was written lately before this backup: the newest ones
-// as long as they have no more than so many times the metadata that the change will
-// have, so that looking at them follows the change. It is nil if there are none.
-func (b *backup) openYoung(ctx context.Context) (*layer.Members, error) {
+// openAges opens the layers that tell the ages of what was there before this backup: the
+// newest ones as long as they have no more than so many times the metadata that the change
+// will have, so that looking at them follows the change. It is nil if there are none.
+func (b *backup) openAges(ctx context.Context) (*layer.Ages, error) {
 	if b.parent == nil || b.parent.Manifest.Generations == nil {
 		return nil, nil
 	}
@@ -257,7 +259,22 @@ func (b *backup) openYoung(ctx context.Context) (*layer.Members, error) {
 	if err != nil {
 		return nil, err
 	}
-	return layer.NewMembers(b.store, layers, b.Device.Size()), nil
+	return b.ages(c.links[from:], layers), nil
+}
+
+// ages has the ages from some links, the newest of a chain, as they were opened. It is nil if
+// the chain has no generations.
+func (b *backup) ages(links []link, layers []*layer.Layer) *layer.Ages {
+	g := b.parent.Manifest.Generations
+	if g == nil || g.Older == "" && g.Newer == "" {
+		return nil
+	}
+	names := linkNames(links)
+	from := g.young(names)
+	if from == len(names) {
+		from = 0 // the look does not go back to them: all is newer
+	}
+	return layer.NewAges(b.stage, layers[from:], names[from] == g.Older, b.Device.Size())
 }
 
 // blockWeight is about how many bytes of metadata a scattered block has.

@@ -4,12 +4,16 @@ package snapshot
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
+	"io"
 	"math/rand/v2"
 	"slices"
 	"testing"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
 
 // layers are the generations of a snapshot, and the names of its layers.
@@ -83,5 +87,109 @@ func TestGenerationsComeAndGo(t *testing.T) {
 	t.Logf("%d generations ended", ended)
 	if ended < 3 {
 		t.Errorf("%d generations ended", ended)
+	}
+}
+
+// placed says, for each block of a snapshot, the name of the layer that gives it, and the blob
+// in which it lies.
+func (f *imageFile) placed(id repo.ID, size int64) (layers []string, blobs []repo.ID) {
+	f.t.Helper()
+	ctx, store := f.t.Context(), Store{f.r}
+	sn, err := f.r.LoadSnapshot(ctx, id)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	devices, err := Devices(ctx, store, id, sn)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	chain, err := layer.Open(ctx, store, devices[0].Manifest.Layers)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	layers, blobs = make([]string, size/kernel.BlockSize), make([]repo.ID, size/kernel.BlockSize)
+	for _, l := range chain {
+		for m := layer.NewMerger(store, []*layer.Layer{l}, size); ; {
+			p, err := m.Next(ctx)
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				f.t.Fatal(err)
+			}
+			for n := int64(0); n < p.Length && !p.Missing; n += kernel.BlockSize {
+				i := (p.Offset + n) / kernel.BlockSize
+				layers[i], blobs[i] = fmt.Sprintf("%016x", l.Number), repo.ID{}
+				if !p.Zero {
+					blob, _, _ := p.Part.Data.Locate(p.Data + n)
+					blobs[i] = p.Part.Data.Blobs[blob]
+				}
+			}
+		}
+	}
+	return layers, blobs
+}
+
+// TestScatteredBlocksLieWithOthersOfTheirAge: whether they changed or are copied forward,
+// blocks of what is newer, of the older generation and of what has settled share no blob.
+func TestScatteredBlocksLieWithOthersOfTheirAge(t *testing.T) {
+	const size = 4 << 20
+	rng := rand.New(rand.NewPCG(9, 9))
+	f := newImage(t, size)
+	f.write(0, noise(rng, size))
+	last := f.backup(nil).SnapshotID
+	_, was := f.placed(last, size)
+	var changed, copied [3]int
+	for range 60 {
+		g, names := f.layers(last)
+		written := map[int]bool{}
+		for range 60 {
+			b := rng.IntN(size / kernel.BlockSize)
+			if rng.IntN(10) > 0 {
+				b = b / 10 * 10
+			}
+			written[b] = true
+			f.write(int64(b)*kernel.BlockSize, noise(rng, kernel.BlockSize))
+		}
+		from, _ := f.placed(last, size)
+		last = f.backup(func(o *Options) { o.Changes = ChangesCompare }).SnapshotID
+		_, now := f.placed(last, size)
+		mates := map[repo.ID]map[int]bool{}
+		for i, blob := range now {
+			if blob == was[i] || blob == (repo.ID{}) {
+				continue
+			}
+			age := 2
+			if g != nil {
+				older, newer := slices.Index(names, g.Older), slices.Index(names, g.Newer)
+				switch at := slices.Index(names, from[i]); {
+				case at == older:
+					age = 1
+				case at < max(older, newer) || older+newer == -2:
+					age = 0
+				}
+			} else {
+				age = 0
+			}
+			if written[i] {
+				changed[age]++
+			} else {
+				copied[age]++
+			}
+			if mates[blob] == nil {
+				mates[blob] = map[int]bool{}
+			}
+			mates[blob][age] = true
+		}
+		for blob, ages := range mates {
+			if len(ages) > 1 {
+				t.Errorf("blob %s has blocks of several ages: %v", blob.Str(), ages)
+			}
+		}
+		was = now
+	}
+	t.Logf("settled, older, newer: %d changed, %d copied forward", changed, copied)
+	if slices.Contains(changed[:], 0) || copied[1] == 0 || copied[2] == 0 {
+		t.Error("the load does not show all ages")
 	}
 }

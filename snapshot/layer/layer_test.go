@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -344,9 +345,9 @@ func (f failing) ReadExtents(_ context.Context, reads []device.Read, _ int) erro
 	return nil
 }
 
-// TestYoungBlocksHaveBlobsOfTheirOwn writes scattered blocks of which some were written
-// lately.
-func TestYoungBlocksHaveBlobsOfTheirOwn(t *testing.T) {
+// TestBlocksShareBlobsWithOthersOfTheirAge writes scattered blocks of which some were
+// written lately, and some of these twice.
+func TestBlocksShareBlobsWithOthersOfTheirAge(t *testing.T) {
 	rnd := seed(t)
 	s := newStore(t)
 	const size = 64 << 20
@@ -364,33 +365,51 @@ func TestYoungBlocksHaveBlobsOfTheirOwn(t *testing.T) {
 	}
 	tree := &repo.Tree{}
 	write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges([]kernel.Extent{{Length: size}}), Key: key})
+	write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(dirtied(2000, 8)), Key: key})
 	write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(dirtied(1000, 16)), Key: key})
-	young := NewMembers(s, open(t, s, tree)[1:], size)
-	write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(dirtied(4000, 4)), Key: key, Young: young})
-	layers := open(t, s, tree)
-	if got := merged(t, s, layers, size, key); !bytes.Equal(got, img.data) {
-		t.Fatalf("the layers differ from the device from %d on", firstDifference(got, img.data))
-	}
-	p, err := openPart(t.Context(), s, layers[2].parts[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	kinds := make([]map[bool]int, len(p.Data.Blobs))
-	for _, e := range p.Index.Extents {
-		for n := int64(0); n < e.Length; n += kernel.BlockSize {
-			blob, _, _ := p.Data.Locate(e.Data + n)
-			if kinds[blob] == nil {
-				kinds[blob] = map[bool]int{}
+	for _, older := range []bool{true, false} {
+		lately := NewAges(s, open(t, s, tree)[1:3], older, size)
+		write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(dirtied(4000, 4)), Key: key, Ages: lately})
+		layers := open(t, s, tree)
+		if got := merged(t, s, layers, size, key); !bytes.Equal(got, img.data) {
+			t.Fatalf("the layers differ from the device from %d on", firstDifference(got, img.data))
+		}
+		p, err := openPart(t.Context(), s, layers[len(layers)-1].parts[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		mixed := make([]map[Age]int, len(p.Data.Blobs))
+		blobs := map[Age]int{}
+		for _, e := range p.Index.Extents {
+			for n := int64(0); n < e.Length; n += kernel.BlockSize {
+				age := Settled
+				switch block := (e.Offset + n) / kernel.BlockSize; {
+				case block%16 == 0:
+					age = Newer
+				case block%8 == 0 && older:
+					age = Older
+				case block%8 == 0:
+					age = Newer
+				}
+				blob, _, _ := p.Data.Locate(e.Data + n)
+				if mixed[blob] == nil {
+					mixed[blob] = map[Age]int{}
+					blobs[age]++
+				}
+				mixed[blob][age]++
 			}
-			kinds[blob][(e.Offset+n)%(16*kernel.BlockSize) == 0]++
 		}
-	}
-	for i, k := range kinds {
-		if len(k) != 1 {
-			t.Errorf("blob %d has %d blocks that were young and %d others", i, k[true], k[false])
+		for i, m := range mixed {
+			if len(m) != 1 {
+				t.Errorf("blob %d has blocks of several ages: %v", i, m)
+			}
 		}
-	}
-	if len(kinds) != 16 {
-		t.Errorf("4,000 blocks, a quarter of them young, lie in %d blobs", len(kinds))
+		want := map[Age]int{Settled: 8, Older: 4, Newer: 4}
+		if !older {
+			want = map[Age]int{Settled: 8, Newer: 8}
+		}
+		if !maps.Equal(blobs, want) {
+			t.Errorf("blobs of each age: %v instead of %v", blobs, want)
+		}
 	}
 }

@@ -163,7 +163,7 @@ func mergeRandomly(t *testing.T, rnd *rand.Rand) {
 		o := Options{Source: img, Size: size, Ranges: ranges(dirty), Key: key, maxBlobs: 1 + rnd.IntN(6), maxExtents: 1 + rnd.IntN(100)}
 		before := len(plain.Nodes)
 		if n := len(tree.Nodes); n > 0 && rnd.IntN(2) == 0 {
-			o.Young = NewMembers(s, open(t, s, tree)[rnd.IntN(n):], size)
+			o.Ages = NewAges(s, open(t, s, tree)[rnd.IntN(n):], rnd.IntN(2) == 0, size)
 		}
 		write(t, s, plain, o)
 		tree.Nodes = append(tree.Nodes, plain.Nodes[before:]...)

@@ -32,11 +32,11 @@ type splitter struct {
 	emit func(*blob, []byte) error // hands a finished blob to the workers
 	room func(n int) []byte        // an empty buffer for a blob of about n bytes
 	roll func(end int64) error     // closes the part at end
-	// young reports how many bytes from off on, n at most, were all written lately before
-	// this, or all not.
-	young func(off, n int64) (length int64, young bool, err error)
-	pol   chunker.Pol
-	cut   *rabin.Chunker // made for the first long run; most small backups have none
+	// age is that of what was at off before this, and how many bytes from there on, n at
+	// most, have the same.
+	age func(off, n int64) (length int64, age Age, err error)
+	pol chunker.Pol
+	cut *rabin.Chunker // made for the first long run; most small backups have none
 
 	next  int64 // the device offset behind the run
 	zeros int64 // bytes of zeros at the run's end, not yet part of it
@@ -53,7 +53,7 @@ type splitter struct {
 
 	// Blocks that are written often die soon: apart from the others, they leave few blobs
 	// behind of which little is live.
-	gathers [2]gather
+	gathers [ages]gather
 }
 
 // gather is a blob of scattered blocks in the making.
@@ -241,15 +241,11 @@ func (s *splitter) cutRun() error {
 // gatherBlocks adds blocks of a short run to the open blobs of scattered ones.
 func (s *splitter) gatherBlocks(off int64, b []byte) error {
 	for len(b) > 0 {
-		n, young, err := s.young(off, int64(len(b)))
+		n, age, err := s.age(off, int64(len(b)))
 		if err != nil {
 			return err
 		}
-		g := &s.gathers[0]
-		if young {
-			g = &s.gathers[1]
-		}
-		if err := s.gatherInto(g, off, b[:n]); err != nil {
+		if err := s.gatherInto(&s.gathers[age], off, b[:n]); err != nil {
 			return err
 		}
 		off, b = off+n, b[n:]

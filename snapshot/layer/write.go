@@ -37,9 +37,9 @@ type Options struct {
 	Parallel   int             // reads in flight; 0 means DefaultParallel
 	Time       time.Time       // of the files in the layer's tree
 	Expected   Expected        // if set, blocks that are as expected are left out
-	// Young, if set, are the layers of what was written lately. Scattered blocks that
-	// these describe go into other blobs than those that they do not.
-	Young    *Members
+	// Ages, if set, are those of what was there before. Scattered blocks go into blobs
+	// with others of their age.
+	Ages     *Ages
 	Progress func(done int64) // called with bytes of ranges dealt with, from one goroutine
 	// AfterRead is called once, when the last read has been done and before
 	// its data has been stored: the device may be let go.
@@ -126,11 +126,11 @@ func (w *writer) start(ctx context.Context, cancel context.CancelCauseFunc) {
 	w.split = &splitter{
 		part: w.part, pol: w.o.Polynomial,
 		room: w.spare.get,
-		young: func(off, n int64) (int64, bool, error) {
-			if w.o.Young == nil {
-				return n, false, nil
+		age: func(off, n int64) (int64, Age, error) {
+			if w.o.Ages == nil {
+				return n, Settled, nil
 			}
-			return w.o.Young.Stretch(ctx, off, n)
+			return w.o.Ages.Stretch(ctx, off, n)
 		},
 		emit: func(b *blob, data []byte) error { return w.save(ctx, repo.KindData, b, data) },
 		roll: func(end int64) error { return w.closePart(ctx, end) },
