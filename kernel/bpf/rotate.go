@@ -141,14 +141,20 @@ func (t *Tracker) Pending(ctx context.Context) (*kernel.Epoch, error) {
 	return &e, nil
 }
 
+// pendingEpoch reads the ended epoch, but for one that this process has read: nothing
+// marks blocks in it any more.
 func (t *Tracker) pendingEpoch(s state) (kernel.Epoch, error) {
+	p := kernel.Position{Tracker: s.UUID, Epoch: s.PendingEpoch, Nonce: s.Nonce}
+	if t.ended != nil && t.ended.Position == p {
+		return kernel.Epoch{Position: p, Bitmap: t.ended.Bitmap.Clone()}, nil
+	}
 	b := kernel.NewBitmap(t.target.blocks())
 	if s.PendingAll != 0 {
 		b.SetRange(0, b.Blocks()-1)
 	} else if err := t.add(b, 1-s.Active); err != nil {
 		return kernel.Epoch{}, err
 	}
-	p := kernel.Position{Tracker: s.UUID, Epoch: s.PendingEpoch, Nonce: s.Nonce}
+	t.ended = &kernel.Epoch{Position: p, Bitmap: b.Clone()}
 	return kernel.Epoch{Position: p, Bitmap: b}, nil
 }
 
@@ -175,9 +181,17 @@ func (t *Tracker) Ack(ctx context.Context, epoch uint64) error {
 }
 
 func (t *Tracker) wipe(s state) (state, error) {
-	if err := wipeMap(t.bits(1 - s.Active)); err != nil {
+	p := kernel.Position{Tracker: s.UUID, Epoch: s.PendingEpoch, Nonce: s.Nonce}
+	var err error
+	if t.ended != nil && t.ended.Position == p {
+		err = wipeWords(t.bits(1-s.Active), t.ended.Bitmap)
+	} else {
+		err = wipeMap(t.bits(1 - s.Active))
+	}
+	if err != nil {
 		return state{}, err
 	}
+	t.ended = nil
 	t.hook("cleared")
 	s.Step, s.PendingEpoch, s.PendingAll, s.Nonce = stepIdle, 0, 0, kernel.Nonce{}
 	return s, storeState(t.stateMap(), s)

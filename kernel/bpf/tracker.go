@@ -36,6 +36,7 @@ type Tracker struct {
 	maps   [mapCount]*ebpf.Map
 	broken string // of another version, or with maps missing: only Status and Stop work
 	hook   func(point string)
+	ended  *kernel.Epoch // the one to be acknowledged, if this process has read it
 }
 
 var _ kernel.Tracker = (*Tracker)(nil)

@@ -3,9 +3,12 @@
 package bpf
 
 import (
+	"cmp"
 	"fmt"
+	"io"
 	"math/bits"
 	"os"
+	"slices"
 	"sync/atomic"
 	"unsafe"
 
@@ -122,4 +125,29 @@ func wipeMap(m *ebpf.Map) error {
 			}
 		}
 	})
+}
+
+const (
+	// fewWords is up to how many words clearWords goes to one by one: at some
+	// 100 ns each, less than a walk over the bitmap of a large device.
+	fewWords  = 1 << 17
+	wordBatch = 4096
+)
+
+// wipeWords clears a bitmap that no program writes to any more, and of which b has
+// everything that is marked: if that is little, without a look at the rest.
+func wipeWords(m *ebpf.Map, b *kernel.Bitmap) error {
+	var keys []uint32
+	for i := b.NextSet(0); i < b.Blocks(); i = b.NextSet(i/64*64 + 64) {
+		if keys = append(keys, uint32(i/64)); len(keys) > fewWords {
+			return wipeMap(m)
+		}
+	}
+	zeros := make([]uint64, min(len(keys), wordBatch))
+	for batch := range slices.Chunk(keys, wordBatch) {
+		if n, err := m.BatchUpdate(batch, zeros[:len(batch)], nil); err != nil || n != len(batch) {
+			return fmt.Errorf("wipe the kernel's bitmap: %d of %d words: %w", n, len(batch), cmp.Or(err, io.ErrShortWrite))
+		}
+	}
+	return nil
 }

@@ -64,6 +64,34 @@ func TestBitmapsAreReadInWindows(t *testing.T) {
 	}
 }
 
+// What is marked in a bitmap is wiped: little of it word by word, much of it in one walk.
+func TestWhatIsMarkedIsWiped(t *testing.T) {
+	const words = fewWords + 1000
+	blocks := int64(words)*64 - 5
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: words, Flags: unix.BPF_F_MMAPABLE})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	r := rand.New(rand.NewPCG(8, 2))
+	for _, step := range []int64{1 << 40, 5000, 640, 16} { // the last one marks more than a few words
+		b := kernel.NewBitmap(blocks)
+		for i := int64(0); i < blocks; i += 1 + r.Int64N(2*step) {
+			b.Set(i)
+		}
+		b.Set(blocks - 1)
+		if err := mark(m, b); err != nil {
+			t.Fatal(err)
+		}
+		if err := wipeWords(m, b); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := countUnion([2]*ebpf.Map{m, m}, blocks); err != nil || n != 0 {
+			t.Errorf("of %d blocks %d are left: %v", b.Count(), n, err)
+		}
+	}
+}
+
 func same(t *testing.T, got, want *kernel.Bitmap) {
 	t.Helper()
 	if got.Words() != want.Words() {
