@@ -157,7 +157,7 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 	return nil, err
 }
 
-// plan decides where the changes come from, and from which snapshot to go on.
+// plan is what the chosen source of changes asks to read, and what is left out of it.
 // The device that is read may be a snapshot of the one that is backed up.
 func (b *backup) plan(ctx context.Context, from *device.Device) (iter.Seq[layer.Range], layer.Expected, error) {
 	size := b.Device.Size()
@@ -165,12 +165,6 @@ func (b *backup) plan(ctx context.Context, from *device.Device) (iter.Seq[layer.
 		if size > 0 {
 			yield(kernel.Extent{Length: size})
 		}
-	}
-	if err := b.choose(ctx); err != nil {
-		return nil, nil, err
-	}
-	if err := b.trust(ctx, from); err != nil {
-		return nil, nil, err
 	}
 	if err := b.sumKey(); err != nil {
 		return nil, nil, err
@@ -200,7 +194,7 @@ func (b *backup) plan(ctx context.Context, from *device.Device) (iter.Seq[layer.
 	return withHoles(whole, data), layer.NewSums(ctx, b.store, layers, b.parent.Manifest.Size, size), nil
 }
 
-// choose sets the source of changes and the parent.
+// choose decides where the changes come from, and from which snapshot to go on.
 func (b *backup) choose(ctx context.Context) error {
 	b.sum.Changes, b.sum.FallbackReason = b.Changes, cmp.Or(b.doubt, b.Broken)
 	switch b.Changes {

@@ -25,16 +25,85 @@ func (b *backup) copy(ctx context.Context) (layer.Result, error) {
 	}
 	var res layer.Result
 	err := b.still(ctx, func(ctx, standing context.Context, release func() error) error {
-		ranges, expected, err := b.plan(ctx, b.Device)
-		if err != nil {
-			return err
-		}
-		o := b.layerOptions(source{b.Device, standing}, ranges)
-		o.Expected, o.AfterRead = expected, release
-		res, err = b.write(ctx, b.saver(), o)
+		var err error
+		res, err = b.copyFrom(ctx, source{b.Device, standing}, release)
 		return err
 	})
 	return res, err
+}
+
+// copyFrom stores what changed, and calls release when all has been read. What the tracker
+// says is checked beside it.
+func (b *backup) copyFrom(ctx context.Context, from source, release func() error) (layer.Result, error) {
+	if err := b.choose(ctx); err != nil {
+		return layer.Result{}, err
+	}
+	if b.toBeChecked() && b.Parallel > 1 {
+		res, lie, err := b.copyChecked(ctx, from, release)
+		if lie == nil {
+			return res, err
+		}
+		// If the copy failed as well, the next one will say so.
+		if err := b.distrust(ctx, lie); err != nil {
+			return res, err
+		}
+	} else if err := b.trust(ctx, from.Device); err != nil {
+		return layer.Result{}, err
+	}
+	ranges, expected, err := b.plan(ctx, from.Device)
+	if err != nil {
+		return layer.Result{}, err
+	}
+	o := b.layerOptions(from, ranges)
+	o.Expected, o.AfterRead = expected, release
+	return b.write(ctx, b.saver(), o)
+}
+
+// copyChecked copies what the tracker says is dirty, and makes a spot check meanwhile: alone
+// that would only wait for the device. If the tracker lied, the layer is worth nothing, and
+// release was not called.
+func (b *backup) copyChecked(ctx context.Context, from source, release func() error) (res layer.Result, lie, err error) {
+	ranges, _, err := b.plan(ctx, from.Device)
+	if err != nil {
+		return res, nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	share := max(1, b.Parallel/4)
+	var failed error
+	done, useless := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		if lie, failed = b.spotCheck(ctx, from.Device, share); lie != nil || failed != nil {
+			close(useless)
+		}
+	}()
+	o := b.layerOptions(from, func(yield func(layer.Range) bool) {
+		for r := range ranges {
+			select {
+			case <-useless:
+				return
+			default:
+			}
+			if !yield(r) {
+				return
+			}
+		}
+	})
+	o.Parallel -= share
+	o.AfterRead = func() error {
+		if <-done; failed != nil {
+			return failed
+		}
+		if lie != nil {
+			return nil
+		}
+		return release()
+	}
+	res, err = b.write(ctx, b.saver(), o)
+	cancel()
+	<-done
+	return res, lie, err
 }
 
 // still makes the device stand still, ends the tracker's epoch, and calls fn.
@@ -134,13 +203,7 @@ func (b *backup) copySnapshot(ctx context.Context, s Snapshotter) (res layer.Res
 	}
 	ctx, cancel := context.WithCancelCause(s.Watch(ctx))
 	defer cancel(nil)
-	ranges, expected, err := b.plan(ctx, from)
-	if err != nil {
-		return res, err
-	}
-	o := b.layerOptions(source{from, ctx}, ranges)
-	o.Expected, o.AfterRead = expected, func() error { return s.Check(ctx) }
-	res, err = b.write(ctx, b.saver(), o)
+	res, err = b.copyFrom(ctx, source{from, ctx}, func() error { return s.Check(ctx) })
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
 	} else if err != nil {

@@ -172,6 +172,12 @@ func (p *precopy) ranges(ctx context.Context, first bool) (iter.Seq[layer.Range]
 	since := p.copied
 	p.copied, p.done = p.epoch.Position, 0
 	if first {
+		if err := p.choose(ctx); err != nil {
+			return nil, nil, err
+		}
+		if err := p.trust(ctx, p.Device); err != nil {
+			return nil, nil, err
+		}
 		return p.plan(ctx, p.Device)
 	}
 	dirty, err := p.History.Since(ctx, since)

@@ -55,17 +55,24 @@ func spotBlocks(r *rand.Rand, dirty *kernel.Bitmap, n int) []int64 {
 	return out
 }
 
+// toBeChecked reports whether what the tracker says is used, and is to be checked.
+func (b *backup) toBeChecked() bool { return b.sum.Changes == ChangesTracker && b.SpotCheck > 0 }
+
 // trust makes sure, as far as a few blocks tell, that the tracker did not miss
-// what it says that it did not see. If it did, it is never trusted again, and
-// the device is compared.
+// what it says that it did not see.
 func (b *backup) trust(ctx context.Context, from *device.Device) error {
-	if b.sum.Changes != ChangesTracker || b.SpotCheck <= 0 {
+	if !b.toBeChecked() {
 		return nil
 	}
-	lie, err := b.spotCheck(ctx, from)
+	lie, err := b.spotCheck(ctx, from, b.Parallel)
 	if err != nil || lie == nil {
 		return err
 	}
+	return b.distrust(ctx, lie)
+}
+
+// distrust has a tracker that missed something never trusted again, and the device compared.
+func (b *backup) distrust(ctx context.Context, lie error) error {
 	b.Warn(lie)
 	if err := b.History.Invalidate(ctx, lie.Error()); err != nil {
 		return fmt.Errorf("%w; and the tracker cannot be told: %w", lie, err)
@@ -74,7 +81,7 @@ func (b *backup) trust(ctx context.Context, from *device.Device) error {
 		// What is written while it is copied could not be told.
 		return fmt.Errorf("%w; back it up again: tracking is begun anew, and the device compared", lie)
 	}
-	b.epoch, b.dirty = nil, nil
+	b.epoch, b.dirty, b.done = nil, nil, 0
 	b.sum.FallbackReason = lie.Error()
 	b.compare()
 	return nil
@@ -83,8 +90,9 @@ func (b *backup) trust(ctx context.Context, from *device.Device) error {
 // spotCheck reads a few blocks that the tracker says are as in the parent, and
 // compares them with the parent's sums. One that differs, and that the tracker
 // has not marked by then either, is a write that it missed: the error names it.
-// A check that could not be made proves nothing and is no error.
-func (b *backup) spotCheck(ctx context.Context, from *device.Device) (lie, err error) {
+// A check that could not be made proves nothing and is no error. Up to most reads are in
+// flight at once.
+func (b *backup) spotCheck(ctx context.Context, from *device.Device, most int) (lie, err error) {
 	size := b.Device.Size()
 	seed := b.SpotSeed
 	if seed == 0 {
@@ -108,7 +116,7 @@ func (b *backup) spotCheck(ctx context.Context, from *device.Device) (lie, err e
 			off := i * kernel.BlockSize
 			reads[n] = device.Read{Offset: off, Into: buf[n*kernel.BlockSize:][:min(kernel.BlockSize, size-off)]}
 		}
-		if err := from.ReadExtents(ctx, reads, b.Parallel); err != nil {
+		if err := from.ReadExtents(ctx, reads, most); err != nil {
 			return nil, fmt.Errorf("check blocks: %w", err)
 		}
 		for n, i := range batch {

@@ -116,6 +116,48 @@ func TestALyingTrackerIsCaught(t *testing.T) {
 	}
 }
 
+// TestADeviceIsHeldUntilItsTrackerIsChecked: what changed is copied while the tracker is
+// checked. A device that is let go only then is written to at once; what it held before is in
+// the snapshot, whether the tracker was right, or lied and everything had to be compared.
+func TestADeviceIsHeldUntilItsTrackerIsChecked(t *testing.T) {
+	const size = 4 << 20
+	for name, lie := range map[string]bool{"Honest": false, "Lying": true} {
+		t.Run(name, func(t *testing.T) {
+			rng := rand.New(rand.NewPCG(5, 6))
+			f := newImage(t, size)
+			f.write(0, noise(rng, size))
+			m := newMarking(size)
+			with := func(o *Options) { o.History, o.SpotCheck = m, size/kernel.BlockSize }
+			f.backup(with)
+			for range 300 {
+				b := rng.Int64N(size / kernel.BlockSize)
+				f.write(b*kernel.BlockSize, noise(rng, kernel.BlockSize))
+				if !lie || b%100 > 0 || m.running.Get(b) {
+					m.running.Set(b)
+				}
+			}
+			want, ended := f.content(), 0
+			s := f.backup(func(o *Options) {
+				with(o)
+				o.Instant = &letGo{Still(PointInTimeNone), func() {
+					ended++
+					f.write(0, noise(rng, size))
+					m.running.SetRange(0, size/kernel.BlockSize-1)
+				}}
+			})
+			if ended != 1 || (m.invalid != "") != lie || (s.Changes == ChangesCompare) != lie || s.SpotCheckedBytes < size/4 {
+				t.Errorf("let go %d times, the tracker is %q: %+v", ended, m.invalid, s)
+			}
+			if !bytes.Equal(f.restored(s.SnapshotID), want) {
+				t.Error("the snapshot is not what the device held")
+			}
+			if s.DirtyBytes > 300*kernel.BlockSize {
+				t.Errorf("%d bytes are dirty", s.DirtyBytes)
+			}
+		})
+	}
+}
+
 // TestAnHonestTrackerIsNotAccused writes to the device while it is checked.
 func TestAnHonestTrackerIsNotAccused(t *testing.T) {
 	const size = 1 << 20

@@ -12,8 +12,10 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -314,6 +316,47 @@ func TestCompareScanStoresExactlyWhatDiffers(t *testing.T) {
 				t.Errorf("differs from %d on", firstDifference(got, next.data))
 			}
 		})
+	}
+}
+
+// busy is an image that notes how many reads were in flight at most.
+type busy struct {
+	*image
+	mu        sync.Mutex
+	now, most int
+}
+
+func (b *busy) add(n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.now += n
+	b.most = max(b.most, b.now)
+}
+
+func (b *busy) ReadExtents(ctx context.Context, reads []device.Read, most int) error {
+	most = min(most, len(reads))
+	b.add(most)
+	defer b.add(-most)
+	runtime.Gosched()
+	return b.image.ReadExtents(ctx, reads, most)
+}
+
+// TestNoMoreReadsAreInFlightThanAsked, and about as many as asked.
+func TestNoMoreReadsAreInFlightThanAsked(t *testing.T) {
+	rnd := seed(t)
+	const size = 64 << 20
+	key := &blocksum.Key{1}
+	for _, parallel := range []int{1, 2, 3, 16, 64} {
+		s := newStore(t)
+		img := &busy{image: &image{data: make([]byte, size)}}
+		var scattered []kernel.Extent
+		for off := int64(0); off < size; off += (2 + rnd.Int64N(4)) * kernel.BlockSize {
+			scattered = append(scattered, kernel.Extent{Offset: off, Length: kernel.BlockSize})
+		}
+		write(t, s, &repo.Tree{}, Options{Source: img, Size: size, Ranges: ranges(scattered), Key: key, Parallel: parallel})
+		if img.most > parallel || img.most < parallel/2 {
+			t.Errorf("%d reads in flight, asked for were %d", img.most, parallel)
+		}
 	}
 }
 
