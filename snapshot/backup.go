@@ -69,7 +69,7 @@ type Options struct {
 	// does. nil: it may.
 	Settled func(context.Context) error
 
-	Parallel int // reads in flight; 0: layer.DefaultParallel
+	Parallel int // reads in flight; 0: device.DefaultParallel
 	Progress func(Progress)
 	Warn     func(error)
 }
@@ -128,7 +128,7 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 		b.Progress = func(Progress) {}
 	}
 	if b.Parallel <= 0 {
-		b.Parallel = layer.DefaultParallel
+		b.Parallel = device.DefaultParallel
 	}
 	if err := r.RequireWritable(); err != nil {
 		return nil, err

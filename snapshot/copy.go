@@ -26,7 +26,7 @@ func (b *backup) copy(ctx context.Context) (layer.Result, error) {
 	var res layer.Result
 	err := b.still(ctx, func(ctx, standing context.Context, release func() error) error {
 		var err error
-		res, err = b.copyFrom(ctx, source{b.Device, standing}, release)
+		res, err = b.copyFrom(ctx, device.Standing{Device: b.Device, Until: standing}, release)
 		return err
 	})
 	return res, err
@@ -34,7 +34,7 @@ func (b *backup) copy(ctx context.Context) (layer.Result, error) {
 
 // copyFrom stores what changed, and calls release when all has been read. What the tracker
 // says is checked beside it.
-func (b *backup) copyFrom(ctx context.Context, from source, release func() error) (layer.Result, error) {
+func (b *backup) copyFrom(ctx context.Context, from device.Standing, release func() error) (layer.Result, error) {
 	if err := b.choose(ctx); err != nil {
 		return layer.Result{}, err
 	}
@@ -62,7 +62,7 @@ func (b *backup) copyFrom(ctx context.Context, from source, release func() error
 // copyChecked copies what the tracker says is dirty, and makes a spot check meanwhile: alone
 // that would only wait for the device. If the tracker lied, the layer is worth nothing, and
 // release was not called.
-func (b *backup) copyChecked(ctx context.Context, from source, release func() error) (res layer.Result, lie, err error) {
+func (b *backup) copyChecked(ctx context.Context, from device.Standing, release func() error) (res layer.Result, lie, err error) {
 	ranges, _, err := b.plan(ctx, from.Device)
 	if err != nil {
 		return res, nil, err
@@ -203,7 +203,7 @@ func (b *backup) copySnapshot(ctx context.Context, s Snapshotter) (res layer.Res
 	}
 	ctx, cancel := context.WithCancelCause(s.Watch(ctx))
 	defer cancel(nil)
-	res, err = b.copyFrom(ctx, source{from, ctx}, func() error { return s.Check(ctx) })
+	res, err = b.copyFrom(ctx, device.Standing{Device: from, Until: ctx}, func() error { return s.Check(ctx) })
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
 	} else if err != nil {
@@ -305,7 +305,7 @@ func (b *backup) commit(ctx context.Context) error {
 }
 
 // layerOptions are those that every copy of a backup has in common.
-func (b *backup) layerOptions(from layer.Source, ranges iter.Seq[layer.Range]) layer.Options {
+func (b *backup) layerOptions(from device.Source, ranges iter.Seq[layer.Range]) layer.Options {
 	return layer.Options{
 		Source: from, Size: b.Device.Size(), Ranges: ranges, Key: (*blocksum.Key)(&b.key),
 		Polynomial: b.r.ChunkerPolynomial(), Parallel: b.Parallel, Time: b.Time,
@@ -324,20 +324,3 @@ func (b *backup) saver() layer.Saver {
 	}
 	return b.stage
 }
-
-// source reads a device only while what it holds is what is asked for.
-type source struct {
-	*device.Device
-	standing context.Context //nolint:containedctx // as long as one Instant
-}
-
-// ReadExtents implements [layer.Source].
-func (s source) ReadExtents(ctx context.Context, reads []device.Read, most int) error {
-	if err := context.Cause(s.standing); err != nil {
-		return err
-	}
-	return s.Device.ReadExtents(ctx, reads, most)
-}
-
-// Buffer implements [layer.Source].
-func (s source) Buffer(n int) []byte { return device.AlignedBuffer(n) }

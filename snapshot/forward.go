@@ -47,7 +47,7 @@ func (b *backup) forward(ctx context.Context, links []link) (*repo.ID, error) {
 		return nil, nil
 	}
 	counted := &countingSaver{Saver: b.stage}
-	o := b.layerOptions(source{b.Device, ctx}, toRead(seq(ranges)))
+	o := b.layerOptions(device.Standing{Device: b.Device, Until: ctx}, toRead(seq(ranges)))
 	o.Expected, o.Progress = opposite{layer.NewSums(ctx, b.stage, layers, size, size)}, nil
 	o.Ages = b.ages(links, layers)
 	res, err := layer.Write(ctx, counted, o)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/snapshot/device"
 	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
 
@@ -42,7 +43,7 @@ type Precopy struct {
 type precopy struct {
 	*backup
 	Precopy
-	meter *meter
+	meter *device.Meter
 	trees []repo.ID // the rounds' layers, oldest first
 	res   layer.Result
 
@@ -59,7 +60,7 @@ func (b *backup) precopy(ctx context.Context) (layer.Result, error) {
 	if b.History == nil {
 		return layer.Result{}, fmt.Errorf("%s is not tracked, so that what is written while it is copied would be missed", b.Device.Path())
 	}
-	p := &precopy{backup: b, Precopy: *b.Precopy, meter: &meter{}}
+	p := &precopy{backup: b, Precopy: *b.Precopy, meter: &device.Meter{}}
 	if p.hold == 0 {
 		p.hold = holdBytes
 	}
@@ -149,8 +150,8 @@ func (p *precopy) round(ctx context.Context, first bool) error {
 		return err
 	}
 	began := time.Now()
-	p.meter.restart()
-	o := p.layerOptions(p.meter.of(source{p.Device, ctx}), ranges)
+	p.meter.Restart()
+	o := p.layerOptions(p.meter.Of(device.Standing{Device: p.Device, Until: ctx}), ranges)
 	o.Expected = expected
 	res, err := p.write(ctx, p.stage, o)
 	if err != nil {
@@ -191,7 +192,7 @@ func (p *precopy) ranges(ctx context.Context, first bool) (iter.Seq[layer.Range]
 // last copies what is left while the device stands still.
 func (p *precopy) last(ctx context.Context) error {
 	first := p.sum.Rounds == 0
-	var rest *held
+	var rest *device.Held
 	var o layer.Options
 	err := p.still(ctx, func(ctx, standing context.Context, release func() error) error {
 		ranges, expected, err := p.ranges(ctx, first)
@@ -201,10 +202,10 @@ func (p *precopy) last(ctx context.Context) error {
 		if first && p.sum.Changes != ChangesTracker {
 			return fmt.Errorf("what changed on %s can no longer be told: %s: back it up again", p.Device.Path(), p.sum.FallbackReason)
 		}
-		from := source{p.Device, standing}
+		from := device.Standing{Device: p.Device, Until: standing}
 		o = p.layerOptions(from, ranges)
 		if p.total <= p.hold {
-			if rest, err = hold(ctx, from, bitmapRanges(p.dirty, p.Device.Size()), p.total, p.Parallel); err != nil {
+			if rest, err = device.Hold(ctx, from, bitmapRanges(p.dirty, p.Device.Size()), p.total, p.Parallel); err != nil {
 				return err
 			}
 			return release()
@@ -289,13 +290,13 @@ func amountOf(b *kernel.Bitmap) (a amount) {
 // little reports whether the rest can be read while the device stands still:
 // it fits memory, and takes a small part of the time that there is.
 func (p *precopy) little(left amount) bool {
-	return left.bytes <= p.hold && p.meter.estimate(left) <= p.MaxFreeze/4
+	return left.bytes <= p.hold && p.meter.Estimate(left.bytes, left.extents) <= p.MaxFreeze/4
 }
 
 // standstill is about how long the device has to stand still for the rest.
 // What does not fit memory has to be stored meanwhile, too.
 func (p *precopy) standstill(left amount) time.Duration {
-	t := p.meter.estimate(left)
+	t := p.meter.Estimate(left.bytes, left.extents)
 	if left.bytes > p.hold {
 		t = max(t, time.Duration(float64(left.bytes)*p.pace*float64(time.Second)))
 	}

@@ -108,7 +108,7 @@ func (b *backup) spotCheck(ctx context.Context, from *device.Device, most int) (
 	}
 	sums := layer.NewSums(ctx, b.store, layers, b.parent.Manifest.Size, size)
 	key := blocksum.Key(b.parent.Manifest.SumKey)
-	buf := source{}.Buffer(min(len(blocks), spotBatch) * kernel.BlockSize)
+	buf := device.AlignedBuffer(min(len(blocks), spotBatch) * kernel.BlockSize)
 	var differ []int64
 	for batch := range slices.Chunk(blocks, spotBatch) {
 		reads := make([]device.Read, len(batch))

@@ -15,7 +15,6 @@ import (
 
 	"github.com/dsync-backup/dsync-backup/snapshot"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
-	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
 
 type backupFlags struct {
@@ -73,7 +72,7 @@ file systems are frozen:
 	fl.DurationVar(&f.maxFreeze, "max-freeze", 0, "thaw and fail after this `duration` (default: 1m with freeze, else 10s)")
 	fl.StringVar(&f.cow, "cow", "", "`space` for what is overwritten while a snapshot is read: memory:SIZE, a block device, or FILE[:SIZE] for a new file (default: a tenth of the device, in a file in the state directory); with lvm, a SIZE in the volume group (default: a tenth, or what is free)")
 	fl.IntVar(&f.spot, "spot-check", snapshot.DefaultSpotCheck, "read at least this `number` of blocks that the tracker says were not written, and compare them; 0: none")
-	fl.IntVar(&f.reads, "read-concurrency", layer.DefaultParallel, "reads in flight")
+	fl.IntVar(&f.reads, "read-concurrency", device.DefaultParallel, "reads in flight")
 	fl.StringVar(&f.at, "time", "", "`time` of the snapshot, as 2006-01-02 15:04:05 (default: now)")
 	return cmd
 }

@@ -40,7 +40,7 @@ func (f *streamFlags) register(cmd *cobra.Command) {
 	fl.StringVar(&f.changes, "changes", "auto", "where the changes come from: auto, tracker, compare or full")
 	fl.StringVar(&f.snapshot, "snapshot", "auto", "`way` to a point in time, as of backup")
 	fl.DurationVar(&f.maxFreeze, "max-freeze", 0, "thaw and fail after this `duration` (default: as of backup)")
-	fl.IntVar(&f.reads, "read-concurrency", 16, "reads in flight")
+	fl.IntVar(&f.reads, "read-concurrency", device.DefaultParallel, "reads in flight")
 }
 
 type extractFlags struct {

@@ -65,7 +65,7 @@ type Options struct {
 	Abort func()
 
 	Encoder  *zstd.Encoder // nil: not compressed
-	Parallel int           // reads in flight; 0: 16
+	Parallel int           // reads in flight; 0: device.DefaultParallel
 	Progress func(snapshot.Progress)
 	Warn     func(error)
 
@@ -109,8 +109,8 @@ type send struct {
 	uncommitted bool
 	total, done int64
 
-	sent kernel.Position // up to which everything was sent by a copy in use
-	rate rate
+	sent  kernel.Position // up to which everything was sent by a copy in use
+	meter device.Meter
 }
 
 // Send writes a stream to out. With an error the stream has no end, and is
@@ -127,7 +127,7 @@ func Send(ctx context.Context, out io.Writer, o Options) (*Result, error) {
 		o.Abort = func() {}
 	}
 	if o.Parallel <= 0 {
-		o.Parallel = 16
+		o.Parallel = device.DefaultParallel
 	}
 	o.hold, o.rounds = cmp.Or(o.hold, holdBytes), cmp.Or(o.rounds, maxRounds)
 	s := &send{Options: o, out: out}
@@ -254,20 +254,6 @@ func (s *send) begin(ctx context.Context, from *device.Device) (plan, error) {
 	var err error
 	s.w, err = stream.NewWriter(s.out, h)
 	return spans, err
-}
-
-// source reads a device only while what it holds is what is asked for.
-type source struct {
-	*device.Device
-	standing context.Context //nolint:containedctx // as long as one Instant
-}
-
-// ReadExtent implements reader.
-func (s source) ReadExtent(ctx context.Context, p []byte, off int64) error {
-	if err := context.Cause(s.standing); err != nil {
-		return err
-	}
-	return s.Device.ReadExtent(ctx, p, off)
 }
 
 func (s *send) note(c counts) {

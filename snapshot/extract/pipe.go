@@ -5,8 +5,8 @@ package extract
 import (
 	"context"
 	"sync"
-	"sync/atomic"
-	"time"
+
+	"golang.org/x/sync/semaphore"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
@@ -19,12 +19,9 @@ const (
 	// maxSpans keeps the runs of a record, one for each span and each block
 	// read at most, below the format's bound.
 	maxSpans = 1024
+	// maxWorkers read and pack.
+	maxWorkers = 16
 )
-
-// reader is where blocks come from.
-type reader interface {
-	ReadExtent(ctx context.Context, p []byte, off int64) error
-}
 
 // counts says what a round dealt with, in bytes.
 type counts struct{ looked, read, data, zeros int64 }
@@ -35,7 +32,8 @@ type chunk struct {
 	offset int64
 	spans  []span
 	buf    []byte // of what is read
-	reads  int64
+	length int64  // of that, in whole blocks
+	reads  []device.Read
 	sums   []uint64 // expected, of the blocks that are read, if key is set
 	key    *blocksum.Key
 
@@ -48,20 +46,20 @@ type chunk struct {
 }
 
 func (c *chunk) reset(seq uint64, offset int64) {
-	c.seq, c.offset, c.spans, c.reads, c.sums, c.key = seq, offset, c.spans[:0], 0, c.sums[:0], nil
+	c.seq, c.offset, c.spans, c.length, c.sums, c.key = seq, offset, c.spans[:0], 0, c.sums[:0], nil
 }
 
 // pipe reads, packs and writes the records of one round: many are read and
 // packed at a time, and they are written in order.
 type pipe struct {
-	from     reader
+	from     device.Source
 	w        *stream.Writer
 	packer   *stream.Packer
-	parallel int
-	rate     *rate
+	parallel int // reads in flight
 	progress func(bytes int64)
 	abort    func() // makes whatever waits for the target give up
 
+	flight              *semaphore.Weighted // reads
 	free, work, ordered chan *chunk
 }
 
@@ -70,7 +68,9 @@ type pipe struct {
 func (p *pipe) run(ctx context.Context, spans plan, read func() error) (total counts, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(ctx, p.abort)
-	chunks := 2 * p.parallel
+	workers := min(p.parallel, maxWorkers)
+	p.flight = semaphore.NewWeighted(int64(p.parallel))
+	chunks := 2 * workers
 	p.free, p.work, p.ordered = make(chan *chunk, chunks), make(chan *chunk, chunks), make(chan *chunk, chunks)
 	for range chunks {
 		p.free <- &chunk{done: make(chan struct{}, 1)}
@@ -79,7 +79,7 @@ func (p *pipe) run(ctx context.Context, spans plan, read func() error) (total co
 	defer wg.Wait()
 	defer cancel(nil)
 	var reads sync.WaitGroup // of what is cut
-	for range p.parallel {
+	for range workers {
 		wg.Go(func() {
 			for c := range p.work {
 				if c.err = p.fill(ctx, c); c.err != nil {
@@ -156,18 +156,18 @@ func (p *pipe) cut(ctx context.Context, spans plan, seq uint64, reads *sync.Wait
 			}
 			part := s
 			if part.what == toRead {
-				part.Length = min(part.Length, maxData-c.reads)
+				part.Length = min(part.Length, maxData-c.length)
 				blocks := kernel.BlocksOf(part.Length)
 				if part.expect != nil {
 					c.key = part.key
 					c.sums = append(c.sums, part.expect[:blocks]...)
 					s.expect = s.expect[blocks:]
 				}
-				c.reads += blocks * kernel.BlockSize
+				c.length += blocks * kernel.BlockSize
 			}
 			c.spans = append(c.spans, part)
 			s.Offset, s.Length = part.End(), s.Length-part.Length
-			if c.reads == maxData || len(c.spans) == maxSpans {
+			if c.length == maxData || len(c.spans) == maxSpans {
 				send()
 			}
 		}
@@ -180,22 +180,31 @@ func (p *pipe) cut(ctx context.Context, spans plan, seq uint64, reads *sync.Wait
 
 // fill reads what is to be read.
 func (p *pipe) fill(ctx context.Context, c *chunk) error {
-	if int64(len(c.buf)) < c.reads {
-		c.buf = device.AlignedBuffer(maxData)
+	if c.length == 0 {
+		return nil
 	}
+	if c.buf == nil {
+		c.buf = p.from.Buffer(maxData)
+	}
+	c.reads = c.reads[:0]
 	at := int64(0)
 	for _, s := range c.spans {
-		if s.what != toRead {
-			continue
+		if s.what == toRead {
+			c.reads = append(c.reads, device.Read{Offset: s.Offset, Into: c.buf[at : at+s.Length]})
+			at += kernel.BlocksOf(s.Length) * kernel.BlockSize
 		}
-		began := time.Now()
-		if err := p.from.ReadExtent(ctx, c.buf[at:at+s.Length], s.Offset); err != nil {
-			return err
-		}
-		p.rate.add(s.Length, time.Since(began))
-		at += kernel.BlocksOf(s.Length) * kernel.BlockSize
 	}
-	return nil
+	// Two chunks under way: while one is dealt with, the device has the other.
+	most := min(int64(len(c.reads)), int64(max(1, p.parallel/2)))
+	if err := p.flight.Acquire(ctx, most); err != nil {
+		return context.Cause(ctx)
+	}
+	defer p.flight.Release(most)
+	err := p.from.ReadExtents(ctx, c.reads, int(most))
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		return cause // what it was that ended it, and not that it was
+	}
+	return err
 }
 
 // pack makes the record of what was read.
@@ -260,24 +269,4 @@ func (c *chunk) add(kind stream.RunKind, n int64) {
 		return
 	}
 	c.runs = append(c.runs, stream.Run{Kind: kind, Length: n})
-}
-
-// rate measures how long reads take.
-type rate struct{ nanos, reads, bytes atomic.Int64 }
-
-func (r *rate) add(n int64, took time.Duration) {
-	r.nanos.Add(int64(took))
-	r.reads.Add(1)
-	r.bytes.Add(n)
-}
-
-// estimate is about how long it takes to read so much with many reads at once.
-// As long as nothing was measured, the device is taken for a slow disk.
-func (r *rate) estimate(extents, bytes int64, parallel int) time.Duration {
-	perRead, perByte := time.Second.Seconds()/200, 1.0/(50<<20)
-	if n := r.reads.Load(); n >= 100 {
-		busy := time.Duration(r.nanos.Load()).Seconds() / float64(parallel)
-		perRead, perByte = busy/float64(n), busy/float64(r.bytes.Load())
-	}
-	return time.Duration(max(float64(extents)*perRead, float64(bytes)*perByte) * float64(time.Second))
 }

@@ -6,10 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sort"
+	"slices"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/snapshot"
@@ -62,7 +60,7 @@ func (s *send) pause(b *kernel.Bitmap) (took time.Duration, fits bool) {
 		extents++
 	}
 	bytes := b.Count() * kernel.BlockSize
-	return s.rate.estimate(extents, bytes, s.Parallel), bytes <= s.hold
+	return s.meter.Estimate(bytes, extents), bytes <= s.hold
 }
 
 // settle writes out beforehand what the Instant would have to write out first.
@@ -86,12 +84,14 @@ func (s *send) live(ctx context.Context, first bool) error {
 		return s.blind()
 	}
 	s.sent = s.epoch.Position
+	s.meter.Restart()
+	from := s.meter.Of(device.Standing{Device: s.Device, Until: ctx})
 	if first {
 		spans, err := s.begin(ctx, s.Device)
 		if err != nil {
 			return err
 		}
-		return s.round(ctx, source{s.Device, ctx}, spans, nil)
+		return s.round(ctx, from, spans, nil)
 	}
 	dirty, err := s.more(ctx, since)
 	if err != nil {
@@ -100,7 +100,7 @@ func (s *send) live(ctx context.Context, first bool) error {
 	if err := s.w.Round(s.sent); err != nil {
 		return err
 	}
-	return s.round(ctx, source{s.Device, ctx}, ofBitmap(dirty, s.Device.Size()), nil)
+	return s.round(ctx, from, ofBitmap(dirty, s.Device.Size()), nil)
 }
 
 func (s *send) blind() error {
@@ -124,7 +124,7 @@ func (s *send) more(ctx context.Context, since kernel.Position) (*kernel.Bitmap,
 // not done if more was left than fits memory: then another copy in use is due.
 func (s *send) last(ctx context.Context) (done bool, err error) {
 	since := s.sent
-	var rest *held
+	var rest *device.Held
 	var dirty *kernel.Bitmap
 	err = s.still(ctx, func(ctx, standing context.Context, release func() error) (err error) {
 		if s.epoch == nil {
@@ -134,7 +134,9 @@ func (s *send) last(ctx context.Context) (done bool, err error) {
 			return err
 		}
 		if s.total <= s.hold {
-			if rest, err = readAll(ctx, source{s.Device, standing}, dirty, s.Device.Size(), s.Parallel); err != nil {
+			from := device.Standing{Device: s.Device, Until: standing}
+			most := dirty.Count() * kernel.BlockSize
+			if rest, err = device.Hold(ctx, from, slices.Values(dirty.Extents(s.Device.Size())), most, s.Parallel); err != nil {
 				return err
 			}
 		}
@@ -148,45 +150,4 @@ func (s *send) last(ctx context.Context) (done bool, err error) {
 		return false, err
 	}
 	return true, s.round(ctx, rest, ofBitmap(dirty, s.Device.Size()), nil)
-}
-
-// held is a part of a device's content in memory.
-type held struct {
-	extents []kernel.Extent
-	at      []int64 // where each begins in buf
-	buf     []byte
-}
-
-// readAll reads the marked blocks, with many reads in flight.
-func readAll(ctx context.Context, from reader, dirty *kernel.Bitmap, size int64, parallel int) (*held, error) {
-	h := &held{buf: device.AlignedBuffer(int(dirty.Count()) * kernel.BlockSize)}
-	at := int64(0)
-	for _, e := range dirty.Extents(size) {
-		for e.Length > 0 {
-			n := min(e.Length, maxData)
-			h.extents, h.at = append(h.extents, kernel.Extent{Offset: e.Offset, Length: n}), append(h.at, at)
-			at += kernel.BlocksOf(n) * kernel.BlockSize
-			e.Offset, e.Length = e.Offset+n, e.Length-n
-		}
-	}
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(parallel)
-	for i, e := range h.extents {
-		g.Go(func() error { return from.ReadExtent(ctx, h.buf[h.at[i]:h.at[i]+e.Length], e.Offset) })
-	}
-	return h, g.Wait()
-}
-
-// ReadExtent implements reader.
-func (h *held) ReadExtent(_ context.Context, p []byte, off int64) error {
-	for len(p) > 0 {
-		i := sort.Search(len(h.extents), func(i int) bool { return h.extents[i].End() > off })
-		if i == len(h.extents) || h.extents[i].Offset > off {
-			return fmt.Errorf("read what was held in memory: nothing was at %d", off)
-		}
-		e, skip := h.extents[i], off-h.extents[i].Offset
-		n := copy(p, h.buf[h.at[i]+skip:h.at[i]+e.Length])
-		p, off = p[n:], off+int64(n)
-	}
-	return nil
 }

@@ -26,15 +26,15 @@ func (s *send) copy(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		return s.round(ctx, source{s.Device, standing}, spans, release)
+		return s.round(ctx, device.Standing{Device: s.Device, Until: standing}, spans, release)
 	})
 }
 
 // round sends the records of one round.
-func (s *send) round(ctx context.Context, from reader, spans plan, read func() error) error {
+func (s *send) round(ctx context.Context, from device.Source, spans plan, read func() error) error {
 	p := &pipe{
 		from: from, w: s.w, packer: stream.NewPacker(stream.Header{ID: s.res.Stream}, s.Encoder), parallel: s.Parallel,
-		rate: &s.rate, abort: s.Abort,
+		abort: s.Abort,
 		progress: func(n int64) {
 			s.done += n
 			s.Progress(snapshot.Progress{Phase: "sending", Done: min(s.done, s.total), Total: s.total})
@@ -149,7 +149,7 @@ func (s *send) copySnapshot(ctx context.Context, snap snapshot.Snapshotter) (err
 	if err != nil {
 		return err
 	}
-	err = s.round(ctx, source{from, ctx}, spans, func() error { return snap.Check(ctx) })
+	err = s.round(ctx, device.Standing{Device: from, Until: ctx}, spans, func() error { return snap.Check(ctx) })
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
 	}

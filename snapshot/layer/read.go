@@ -21,15 +21,6 @@ const (
 	maxReaders   = 16        // goroutines that read
 )
 
-// Source is what is backed up. ReadExtents may be called from many goroutines.
-type Source interface {
-	// ReadExtents does all the reads, up to most at once, or fails. Their memory lies as
-	// O_DIRECT asks.
-	ReadExtents(ctx context.Context, reads []device.Read, most int) error
-	// Buffer returns n bytes of such memory.
-	Buffer(n int) []byte
-}
-
 // Range is a range of the device to back up, made of whole blocks but for the
 // device's last. A hole is known to hold zeros and is not read.
 type Range struct {
@@ -52,7 +43,7 @@ type piece struct {
 
 // reader reads pieces ahead, many at once, and hands them out in order.
 type reader struct {
-	src     Source
+	src     device.Source
 	key     *blocksum.Key
 	free    chan *piece
 	ordered chan *piece
@@ -65,7 +56,7 @@ type reader struct {
 
 // startReader reads ranges with up to parallel reads in flight until the
 // sequence or ctx ends. The pieces' memory is all that it takes.
-func startReader(ctx context.Context, src Source, key *blocksum.Key, ranges iter.Seq[Range], parallel int) *reader {
+func startReader(ctx context.Context, src device.Source, key *blocksum.Key, ranges iter.Seq[Range], parallel int) *reader {
 	readers := min(parallel, maxReaders)
 	pieces := 2 * readers
 	r := &reader{

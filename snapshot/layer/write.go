@@ -15,6 +15,7 @@ import (
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
+	"github.com/dsync-backup/dsync-backup/snapshot/device"
 )
 
 // Saver is what writing a layer asks of a repository: [repo.Writer] is one.
@@ -24,17 +25,14 @@ type Saver interface {
 	SaveTree(ctx context.Context, tree *repo.Tree) (repo.Saved, error)
 }
 
-// DefaultParallel is how many reads are in flight where nothing else is asked for.
-const DefaultParallel = 64
-
 // Options say what to write.
 type Options struct {
-	Source     Source
+	Source     device.Source
 	Size       int64           // of the device, in bytes
 	Ranges     iter.Seq[Range] // sorted, not overlapping
 	Key        *blocksum.Key   // of the chain's sums
 	Polynomial chunker.Pol     // the repository's
-	Parallel   int             // reads in flight; 0 means DefaultParallel
+	Parallel   int             // reads in flight; 0 means [device.DefaultParallel]
 	Time       time.Time       // of the files in the layer's tree
 	Expected   Expected        // if set, blocks that are as expected are left out
 	// Ages, if set, are those of what was there before. Scattered blocks go into blobs
@@ -61,7 +59,7 @@ type Result struct {
 // snapshot.
 func Write(ctx context.Context, to Saver, o Options) (Result, error) {
 	if o.Parallel <= 0 {
-		o.Parallel = DefaultParallel
+		o.Parallel = device.DefaultParallel
 	}
 	if o.Progress == nil {
 		o.Progress = func(int64) {}

@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: BSD-2-Clause
 
-package snapshot
+package device
 
 import (
 	"context"
 	"sync"
 	"time"
-
-	"github.com/dsync-backup/dsync-backup/snapshot/device"
-	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
 
 // What a device is taken for as long as nothing was measured: a slow disk.
@@ -19,10 +16,10 @@ const (
 	leastReads = 100
 )
 
-// meter measures how fast a device is read: the time in which at least one
+// Meter measures how fast a device is read: the time in which at least one
 // read was under way counts, and that in which others were waited for does
 // not.
-type meter struct {
+type Meter struct {
 	mu     sync.Mutex
 	active int
 	since  time.Time
@@ -35,24 +32,24 @@ type measured struct {
 	bytes, reads int64
 }
 
-// restart begins another measurement.
-func (m *meter) restart() {
+// Restart begins another measurement.
+func (m *Meter) Restart() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.best()
 	m.now = measured{}
 }
 
-func (m *meter) best() measured {
+func (m *Meter) best() measured {
 	if m.now.reads >= leastReads {
 		m.last = m.now
 	}
 	return m.last
 }
 
-// estimate is about how long it takes to read so much, were it as scattered
-// as what was measured, or in as many reads, whichever is slower.
-func (m *meter) estimate(a amount) time.Duration {
+// Estimate is about how long it takes to read so many bytes in so many extents, were they as
+// scattered as what was measured, or in as many reads, whichever is slower.
+func (m *Meter) Estimate(bytes, extents int64) time.Duration {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	b := m.best()
@@ -60,25 +57,25 @@ func (m *meter) estimate(a amount) time.Duration {
 	if b.reads > 0 {
 		perByte, perRead = b.busy.Seconds()/float64(b.bytes), b.busy.Seconds()/float64(b.reads)
 	}
-	return time.Duration(max(float64(a.bytes)*perByte, float64(a.extents)*perRead) * float64(time.Second))
+	return time.Duration(max(float64(bytes)*perByte, float64(extents)*perRead) * float64(time.Second))
 }
 
-// of measures the reads of a source.
-func (m *meter) of(s layer.Source) layer.Source { return metered{s, m} }
+// Of measures the reads of a source.
+func (m *Meter) Of(s Source) Source { return metered{s, m} }
 
 type metered struct {
-	layer.Source
-	m *meter
+	Source
+	m *Meter
 }
 
-// ReadExtents implements [layer.Source].
-func (s metered) ReadExtents(ctx context.Context, reads []device.Read, most int) error {
+// ReadExtents implements [Source].
+func (s metered) ReadExtents(ctx context.Context, reads []Read, most int) error {
 	s.m.begin()
 	defer s.m.end(reads)
 	return s.Source.ReadExtents(ctx, reads, most)
 }
 
-func (m *meter) begin() {
+func (m *Meter) begin() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.active == 0 {
@@ -87,7 +84,7 @@ func (m *meter) begin() {
 	m.active++
 }
 
-func (m *meter) end(reads []device.Read) {
+func (m *Meter) end(reads []Read) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, r := range reads {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 
-package snapshot
+package device
 
 import (
 	"context"
@@ -12,8 +12,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
-	"github.com/dsync-backup/dsync-backup/snapshot/device"
-	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
 
 const (
@@ -21,24 +19,24 @@ const (
 	holdBatch = 256       // reads that are asked for together
 )
 
-// held is a part of a device's content in memory.
-type held struct {
+// Held is a part of a device's content in memory. It is a [Source] of that.
+type Held struct {
 	extents []kernel.Extent
 	at      []int64 // where each begins in buf
 	buf     []byte
 }
 
-// hold reads ranges of a source, total bytes of whole blocks at most, with
-// many reads in flight.
-func hold(ctx context.Context, from layer.Source, ranges iter.Seq[kernel.Extent], total int64, parallel int) (*held, error) {
-	h := &held{buf: device.AlignedBuffer(int(total))}
-	var reads []device.Read
+// Hold reads ranges of a source, total bytes of whole blocks at most, with up to parallel
+// reads in flight.
+func Hold(ctx context.Context, from Source, ranges iter.Seq[kernel.Extent], total int64, parallel int) (*Held, error) {
+	h := &Held{buf: from.Buffer(int(total))}
+	var reads []Read
 	var at int64
 	for e := range ranges {
 		for e.Length > 0 {
 			n := min(e.Length, holdPiece)
 			h.extents, h.at = append(h.extents, kernel.Extent{Offset: e.Offset, Length: n}), append(h.at, at)
-			reads = append(reads, device.Read{Offset: e.Offset, Into: h.buf[at : at+n]})
+			reads = append(reads, Read{Offset: e.Offset, Into: h.buf[at : at+n]})
 			at += kernel.BlocksOf(n) * kernel.BlockSize
 			e.Offset, e.Length = e.Offset+n, e.Length-n
 		}
@@ -52,8 +50,8 @@ func hold(ctx context.Context, from layer.Source, ranges iter.Seq[kernel.Extent]
 	return h, g.Wait()
 }
 
-// ReadExtents implements [layer.Source].
-func (h *held) ReadExtents(_ context.Context, reads []device.Read, _ int) error {
+// ReadExtents implements [Source].
+func (h *Held) ReadExtents(_ context.Context, reads []Read, _ int) error {
 	for _, r := range reads {
 		if err := h.read(r.Into, r.Offset); err != nil {
 			return err
@@ -62,7 +60,7 @@ func (h *held) ReadExtents(_ context.Context, reads []device.Read, _ int) error 
 	return nil
 }
 
-func (h *held) read(p []byte, off int64) error {
+func (h *Held) read(p []byte, off int64) error {
 	for len(p) > 0 {
 		i := sort.Search(len(h.extents), func(i int) bool { return h.extents[i].End() > off })
 		if i == len(h.extents) || h.extents[i].Offset > off {
@@ -75,5 +73,5 @@ func (h *held) read(p []byte, off int64) error {
 	return nil
 }
 
-// Buffer implements [layer.Source].
-func (h *held) Buffer(n int) []byte { return make([]byte, n) }
+// Buffer implements [Source].
+func (h *Held) Buffer(n int) []byte { return make([]byte, n) }
