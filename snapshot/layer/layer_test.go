@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -360,23 +361,35 @@ func TestNoMoreReadsAreInFlightThanAsked(t *testing.T) {
 	}
 }
 
+// TestReadErrorEndsTheLayer, and the reading: of a disk that fails, no more is asked for than
+// was under way.
 func TestReadErrorEndsTheLayer(t *testing.T) {
+	const size = 256 << 20
 	s := newStore(t)
-	boom := errors.New("boom")
+	bad := &failing{err: errors.New("boom")}
 	w := s.NewWriter(t.Context(), repo.WriterOptions{})
 	_, err := Write(t.Context(), w, Options{
-		Source: failing{boom}, Size: 64 << 20, Key: &blocksum.Key{}, Polynomial: s.ChunkerPolynomial(),
-		Ranges: ranges([]kernel.Extent{{Length: 64 << 20}}),
+		Source: bad, Size: size, Key: &blocksum.Key{}, Polynomial: s.ChunkerPolynomial(),
+		Ranges: ranges([]kernel.Extent{{Length: size}}),
 	})
-	if !errors.Is(err, boom) {
+	if !errors.Is(err, bad.err) {
 		t.Fatal(err)
+	}
+	if n, most := bad.pieces.Load(), int64(10<<20/pieceBytes+4*maxReaders); n > most {
+		t.Errorf("%d of %d pieces were asked for, of which at most %d were under way", n, size/pieceBytes, most)
 	}
 }
 
-type failing struct{ err error }
+// failing is a device that can be read up to 10 MiB.
+type failing struct {
+	err    error
+	pieces atomic.Int64 // asked for
+}
 
-func (failing) Buffer(n int) []byte { return make([]byte, n) }
-func (f failing) ReadExtents(_ context.Context, reads []device.Read, _ int) error {
+func (*failing) Buffer(n int) []byte { return make([]byte, n) }
+
+func (f *failing) ReadExtents(_ context.Context, reads []device.Read, _ int) error {
+	f.pieces.Add(1)
 	for _, r := range reads {
 		if r.Offset > 10<<20 {
 			return f.err
