@@ -423,9 +423,18 @@ func TestBlocksShareBlobsWithOthersOfTheirAge(t *testing.T) {
 	write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges([]kernel.Extent{{Length: size}}), Key: key})
 	write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(dirtied(2000, 8)), Key: key})
 	write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(dirtied(1000, 16)), Key: key})
-	for _, older := range []bool{true, false} {
-		lately := NewAges(s, open(t, s, tree)[1:3], older, size)
-		write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(dirtied(4000, 4)), Key: key, Ages: lately})
+	for _, c := range []struct {
+		blocks int64
+		older  bool
+		want   map[Age]int // blobs
+	}{
+		{4000, true, map[Age]int{Settled: 8, Older: 4, Newer: 4}},
+		{4000, false, map[Age]int{Settled: 8, Newer: 8}},
+		{800, true, map[Age]int{Settled: 2, Older: 1, Newer: 1}}, // 200 and 200 do not fit one
+		{500, true, map[Age]int{Settled: 1, Newer: 1}},
+	} {
+		lately := NewAges(s, open(t, s, tree)[1:3], c.older, size)
+		write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(dirtied(c.blocks, 4)), Key: key, Ages: lately})
 		layers := open(t, s, tree)
 		if got := merged(t, s, layers, size, key); !bytes.Equal(got, img.data) {
 			t.Fatalf("the layers differ from the device from %d on", firstDifference(got, img.data))
@@ -442,7 +451,7 @@ func TestBlocksShareBlobsWithOthersOfTheirAge(t *testing.T) {
 				switch block := (e.Offset + n) / kernel.BlockSize; {
 				case block%16 == 0:
 					age = Newer
-				case block%8 == 0 && older:
+				case block%8 == 0 && c.older && c.blocks > 500:
 					age = Older
 				case block%8 == 0:
 					age = Newer
@@ -460,12 +469,8 @@ func TestBlocksShareBlobsWithOthersOfTheirAge(t *testing.T) {
 				t.Errorf("blob %d has blocks of several ages: %v", i, m)
 			}
 		}
-		want := map[Age]int{Settled: 8, Older: 4, Newer: 4}
-		if !older {
-			want = map[Age]int{Settled: 8, Newer: 8}
-		}
-		if !maps.Equal(blobs, want) {
-			t.Errorf("blobs of each age: %v instead of %v", blobs, want)
+		if !maps.Equal(blobs, c.want) {
+			t.Errorf("%d blocks are in blobs of each age: %v instead of %v", c.blocks, blobs, c.want)
 		}
 	}
 }

@@ -54,6 +54,7 @@ type splitter struct {
 	// Blocks that are written often die soon: apart from the others, they leave few blobs
 	// behind of which little is live.
 	gathers [ages]gather
+	full    [ages]bool // one such blob was full, in this part or an earlier one
 }
 
 // gather is a blob of scattered blocks in the making.
@@ -245,7 +246,7 @@ func (s *splitter) gatherBlocks(off int64, b []byte) error {
 		if err != nil {
 			return err
 		}
-		if err := s.gatherInto(&s.gathers[age], off, b[:n]); err != nil {
+		if err := s.gatherInto(age, off, b[:n]); err != nil {
 			return err
 		}
 		off, b = off+n, b[n:]
@@ -253,7 +254,8 @@ func (s *splitter) gatherBlocks(off int64, b []byte) error {
 	return nil
 }
 
-func (s *splitter) gatherInto(g *gather, off int64, b []byte) error {
+func (s *splitter) gatherInto(age Age, off int64, b []byte) error {
+	g := &s.gathers[age]
 	for len(b) > 0 {
 		if g.blob == nil {
 			g.blob, g.data = new(blob), s.room(gatherSize)
@@ -266,6 +268,7 @@ func (s *splitter) gatherInto(g *gather, off int64, b []byte) error {
 		g.data = append(g.data, b[:n]...)
 		off, b = off+int64(n), b[n:]
 		if len(g.data) > gatherSize-kernel.BlockSize {
+			s.full[age] = true
 			if err := s.closeGather(g); err != nil {
 				return err
 			}
@@ -283,6 +286,22 @@ func (s *splitter) closeGather(g *gather) error {
 	return err
 }
 
+// joinSmall makes one blob of what was written lately, if there is so little of it that two would
+// compress noticeably worse.
+func (s *splitter) joinSmall() {
+	from, to := &s.gathers[Older], &s.gathers[Newer]
+	if s.full[Older] || s.full[Newer] || from.blob == nil || to.blob == nil || len(from.data)+len(to.data) > gatherSize {
+		return
+	}
+	for i := range s.part.extents {
+		if e := &s.part.extents[i]; e.first == from.blob {
+			e.first, e.at = to.blob, e.at+int64(len(to.data))
+		}
+	}
+	to.data = append(to.data, from.data...)
+	from.blob, from.data = nil, nil
+}
+
 // settle closes the part. It is called between pieces, so that a part always
 // ends at a whole block.
 func (s *splitter) settle() error {
@@ -297,6 +316,7 @@ func (s *splitter) finish() error {
 	if err := s.endRun(); err != nil {
 		return err
 	}
+	s.joinSmall()
 	for i := range s.gathers {
 		if err := s.closeGather(&s.gathers[i]); err != nil {
 			return err
