@@ -217,6 +217,14 @@ func (b *Bitmap) Grown(blocks int64) *Bitmap {
 	return c
 }
 
+// Runs is the number of stretches of marked blocks.
+func (b *Bitmap) Runs() (n int64) {
+	for i := b.NextSet(0); i < b.Blocks(); i = b.NextSet(b.NextClear(i)) {
+		n++
+	}
+	return n
+}
+
 // NextSet is the first marked block at or after i, or Blocks if there is none.
 func (b *Bitmap) NextSet(i int64) int64 { return b.next(i, nil, 0) }
 

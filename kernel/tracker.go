@@ -15,7 +15,7 @@ var ErrNotTracked = errors.New("device is not tracked")
 var ErrUnacknowledged = errors.New("an ended epoch has not been acknowledged")
 
 // Epoch is an ended epoch: every block that may have been written in it, and
-// the position that its end is.
+// the position that its end is. Nobody changes its bitmap: the tracker may have it, too.
 type Epoch struct {
 	Position Position
 	Bitmap   *Bitmap

@@ -108,6 +108,7 @@ type backup struct {
 
 	epoch       *kernel.Epoch // what the snapshot is complete up to, if that is known
 	doubt       string        // why it is not, where there is a tracker
+	rotated     uint64        // the newest epoch that this backup has ended
 	uncommitted bool          // an epoch that was ended is not known to be logged
 
 	done   int64

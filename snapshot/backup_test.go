@@ -80,6 +80,10 @@ func (f *imageFile) content() []byte {
 }
 
 func (f *imageFile) try(change func(*Options)) (*Summary, error) {
+	return f.tryIn(f.t.Context(), change)
+}
+
+func (f *imageFile) tryIn(ctx context.Context, change func(*Options)) (*Summary, error) {
 	d, err := device.Open(f.path, device.Options{})
 	if err != nil {
 		f.t.Fatal(err)
@@ -90,7 +94,7 @@ func (f *imageFile) try(change func(*Options)) (*Summary, error) {
 	if change != nil {
 		change(&o)
 	}
-	return Backup(f.t.Context(), f.r, o)
+	return Backup(ctx, f.r, o)
 }
 
 func (f *imageFile) backup(change func(*Options)) *Summary {

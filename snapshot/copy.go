@@ -43,8 +43,11 @@ func (b *backup) copyFrom(ctx context.Context, from device.Standing, release fun
 		if lie == nil {
 			return res, err
 		}
-		// If the copy failed as well, the next one will say so.
-		if err := b.distrust(ctx, lie); err != nil {
+		if err != nil {
+			b.Warn(lie)
+			return res, err
+		}
+		if err := b.distrust(lie); err != nil {
 			return res, err
 		}
 	} else if err := b.trust(ctx, from.Device); err != nil {
@@ -69,12 +72,11 @@ func (b *backup) copyChecked(ctx context.Context, from device.Standing, release 
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	share := max(1, b.Parallel/4)
 	var failed error
 	done, useless := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
-		if lie, failed = b.spotCheck(ctx, from.Device, share); lie != nil || failed != nil {
+		if lie, failed = b.check(ctx, from.Device, b.besides()); lie != nil || failed != nil {
 			close(useless)
 		}
 	}()
@@ -90,13 +92,13 @@ func (b *backup) copyChecked(ctx context.Context, from device.Standing, release 
 			}
 		}
 	})
-	o.Parallel -= share
+	o.Parallel -= b.besides()
 	o.AfterRead = func() error {
 		if <-done; failed != nil {
 			return failed
 		}
 		if lie != nil {
-			return nil
+			return nil // an error would end the writer, which the next copy needs
 		}
 		return release()
 	}
@@ -263,7 +265,7 @@ func (b *backup) rotate(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("end the tracker's epoch: %w", err)
 	}
-	b.uncommitted = true
+	b.uncommitted, b.rotated = true, e.Position.Epoch
 	// Only now is what the tracker says of itself about the whole epoch.
 	st, err := b.History.Status(ctx)
 	if err != nil {

@@ -9,6 +9,8 @@ import (
 	"iter"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
@@ -149,6 +151,11 @@ func (p *precopy) round(ctx context.Context, first bool) error {
 	if err != nil {
 		return err
 	}
+	if first {
+		if err := p.trust(ctx, p.Device); err != nil {
+			return err
+		}
+	}
 	began := time.Now()
 	p.meter.Restart()
 	o := p.layerOptions(p.meter.Of(device.Standing{Device: p.Device, Until: ctx}), ranges)
@@ -174,9 +181,6 @@ func (p *precopy) ranges(ctx context.Context, first bool) (iter.Seq[layer.Range]
 	p.copied, p.done = p.epoch.Position, 0
 	if first {
 		if err := p.choose(ctx); err != nil {
-			return nil, nil, err
-		}
-		if err := p.trust(ctx, p.Device); err != nil {
 			return nil, nil, err
 		}
 		return p.plan(ctx, p.Device)
@@ -205,10 +209,15 @@ func (p *precopy) last(ctx context.Context) error {
 		from := device.Standing{Device: p.Device, Until: standing}
 		o = p.layerOptions(from, ranges)
 		if p.total <= p.hold {
-			if rest, err = device.Hold(ctx, from, bitmapRanges(p.dirty, p.Device.Size()), p.total, p.Parallel); err != nil {
+			if rest, err = p.held(ctx, from, first); err != nil {
 				return err
 			}
 			return release()
+		}
+		if first {
+			if err := p.trust(ctx, p.Device); err != nil {
+				return err
+			}
 		}
 		o.Expected, o.AfterRead = expected, release
 		res, err := p.write(ctx, p.stage, o)
@@ -225,6 +234,35 @@ func (p *precopy) last(ctx context.Context) error {
 	}
 	p.add(res)
 	return nil
+}
+
+// held reads what is dirty into memory, and checks the tracker beside it if no round has.
+func (p *precopy) held(ctx context.Context, from device.Source, check bool) (rest *device.Held, err error) {
+	g, ctx := errgroup.WithContext(ctx)
+	parallel := p.Parallel
+	switch {
+	case !check || !p.toBeChecked():
+	case parallel == 1:
+		if err := p.trust(ctx, p.Device); err != nil {
+			return nil, err
+		}
+	default:
+		parallel -= p.besides()
+		g.Go(func() error {
+			lie, err := p.check(ctx, p.Device, p.besides())
+			if err == nil && lie != nil {
+				err = p.distrust(lie)
+			}
+			return err
+		})
+	}
+	g.Go(func() error {
+		held, err := device.Hold(ctx, from, bitmapRanges(p.dirty, p.Device.Size()), p.total, parallel)
+		rest = held
+		return err
+	})
+	err = g.Wait()
+	return rest, err
 }
 
 // add notes what a round stored.
@@ -279,13 +317,7 @@ func (p *precopy) settle(ctx context.Context) error {
 // amount is how much there is to read.
 type amount struct{ bytes, extents int64 }
 
-func amountOf(b *kernel.Bitmap) (a amount) {
-	a.bytes = b.Count() * kernel.BlockSize
-	for i := b.NextSet(0); i < b.Blocks(); i = b.NextSet(b.NextClear(i)) {
-		a.extents++
-	}
-	return a
-}
+func amountOf(b *kernel.Bitmap) amount { return amount{b.Count() * kernel.BlockSize, b.Runs()} }
 
 // little reports whether the rest can be read while the device stands still:
 // it fits memory, and takes a small part of the time that there is.

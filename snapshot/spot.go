@@ -55,6 +55,9 @@ func spotBlocks(r *rand.Rand, dirty *kernel.Bitmap, n int) []int64 {
 	return out
 }
 
+// besides is how many of the reads in flight a check has that is made beside a copy.
+func (b *backup) besides() int { return max(1, b.Parallel/4) }
+
 // toBeChecked reports whether what the tracker says is used, and is to be checked.
 func (b *backup) toBeChecked() bool { return b.sum.Changes == ChangesTracker && b.SpotCheck > 0 }
 
@@ -64,19 +67,28 @@ func (b *backup) trust(ctx context.Context, from *device.Device) error {
 	if !b.toBeChecked() {
 		return nil
 	}
-	lie, err := b.spotCheck(ctx, from, b.Parallel)
+	lie, err := b.check(ctx, from, b.Parallel)
 	if err != nil || lie == nil {
 		return err
 	}
-	return b.distrust(ctx, lie)
+	return b.distrust(lie)
 }
 
-// distrust has a tracker that missed something never trusted again, and the device compared.
-func (b *backup) distrust(ctx context.Context, lie error) error {
-	b.Warn(lie)
-	if err := b.History.Invalidate(ctx, lie.Error()); err != nil {
-		return fmt.Errorf("%w; and the tracker cannot be told: %w", lie, err)
+// check makes a spot check, and has a tracker that missed something never trusted again: at once,
+// since the next check would look elsewhere.
+func (b *backup) check(ctx context.Context, from *device.Device, most int) (lie, err error) {
+	if lie, err = b.spotCheck(ctx, from, most); lie == nil {
+		return nil, err
 	}
+	if err := b.History.Invalidate(context.WithoutCancel(ctx), lie.Error()); err != nil {
+		return lie, fmt.Errorf("%w; and the tracker cannot be told: %w", lie, err)
+	}
+	return lie, nil
+}
+
+// distrust has the device compared.
+func (b *backup) distrust(lie error) error {
+	b.Warn(lie)
 	if b.Precopy != nil {
 		// What is written while it is copied could not be told.
 		return fmt.Errorf("%w; back it up again: tracking is begun anew, and the device compared", lie)
@@ -136,15 +148,18 @@ func (b *backup) spotCheck(ctx context.Context, from *device.Device, most int) (
 		return nil, nil
 	}
 	// A write is marked before it reaches the device: what was written since
-	// the rotation is marked by now, in the running epoch or, where another
-	// backup has rotated meanwhile, in one that ended.
+	// the rotation is marked by now, in the running epoch or, where this backup
+	// has rotated again, in one that ended. What another backup's rotation has
+	// taken away is not known here: then nothing is proven.
 	running, err := b.History.Peek(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("check blocks: %w", err)
 	}
 	ended, err := b.History.Since(ctx, b.epoch.Position)
 	if err != nil {
-		// That other backup has not logged its epoch yet: nothing is proven.
+		return nil, nil //nolint:nilerr // see above
+	}
+	if st, err := b.History.Status(ctx); err != nil || st.Epoch != b.rotated+1 {
 		return nil, nil //nolint:nilerr // see above
 	}
 	for _, i := range differ {

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 )
@@ -19,6 +20,7 @@ type marking struct {
 	claims
 	running *kernel.Bitmap
 	ended   map[uint64]*kernel.Bitmap
+	mine    uint64 // the newest epoch that the backup itself ended
 	invalid string
 	peek    func() // called before Peek answers
 	since   func() // called before Since answers
@@ -40,7 +42,7 @@ func (m *marking) Status(ctx context.Context) (kernel.Status, error) {
 func (m *marking) Rotate(ctx context.Context) (kernel.Epoch, error) {
 	e, err := m.claims.Rotate(ctx)
 	e.Bitmap = m.running
-	m.ended[e.Position.Epoch] = m.running
+	m.ended[e.Position.Epoch], m.mine = m.running, e.Position.Epoch
 	m.running = kernel.NewBitmap(m.running.Blocks())
 	return e, err
 }
@@ -50,7 +52,7 @@ func (m *marking) Since(_ context.Context, pos kernel.Position) (*kernel.Bitmap,
 		m.since()
 	}
 	out := kernel.NewBitmap(m.running.Blocks())
-	for n := pos.Epoch + 1; n <= m.epoch; n++ {
+	for n := pos.Epoch + 1; n <= m.mine; n++ {
 		if err := out.Or(m.ended[n]); err != nil {
 			return nil, err
 		}
@@ -65,7 +67,10 @@ func (m *marking) Peek(context.Context) (*kernel.Bitmap, error) {
 	return m.running.Clone(), nil
 }
 
-func (m *marking) Invalidate(_ context.Context, reason string) error {
+func (m *marking) Invalidate(ctx context.Context, reason string) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
 	m.invalid = reason
 	return nil
 }
@@ -158,6 +163,38 @@ func TestADeviceIsHeldUntilItsTrackerIsChecked(t *testing.T) {
 	}
 }
 
+// TestALieIsNotForgotten: a backup is interrupted the moment that it finds one.
+func TestALieIsNotForgotten(t *testing.T) {
+	const size = 1 << 20
+	for name, freeze := range map[string]bool{"Copy": false, "Precopy": true} {
+		t.Run(name, func(t *testing.T) {
+			rng := rand.New(rand.NewPCG(7, 7))
+			f := newImage(t, size)
+			f.write(0, noise(rng, size))
+			m := newMarking(size)
+			with := func(o *Options) { o.History, o.SpotCheck = m, size/kernel.BlockSize }
+			f.backup(with)
+			f.write(0, noise(rng, size/2))
+			m.running.SetRange(0, 20)
+			ctx, cancel := context.WithCancel(t.Context())
+			_, err := f.tryIn(ctx, func(o *Options) {
+				with(o)
+				if freeze {
+					o.Precopy = &Precopy{MaxFreeze: time.Minute}
+				}
+				m.peek = func() {
+					if m.mine > 1 { // not before the rotation
+						cancel()
+					}
+				}
+			})
+			if err == nil || m.invalid == "" {
+				t.Errorf("the tracker is %q, the backup %v", m.invalid, err)
+			}
+		})
+	}
+}
+
 // TestAnHonestTrackerIsNotAccused writes to the device while it is checked.
 func TestAnHonestTrackerIsNotAccused(t *testing.T) {
 	const size = 1 << 20
@@ -185,10 +222,11 @@ func TestAnHonestTrackerIsNotAccused(t *testing.T) {
 		}
 		// Another backup ends the epoch in between.
 		m.peek = func() {
-			m.peek = nil
+			mine := m.mine
 			if _, err := m.Rotate(t.Context()); err != nil {
 				t.Error(err)
 			}
+			m.peek, m.mine = nil, mine
 		}
 	}
 	if m.invalid != "" {

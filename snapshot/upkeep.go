@@ -216,7 +216,7 @@ func (b *backup) openLinks(ctx context.Context, links []link) (out []*layer.Laye
 	for i, l := range links {
 		opened, err := layer.OpenTree(ctx, b.stage, uint64(i), l.tree)
 		if err != nil {
-			return nil, fmt.Errorf("merge layers: %w", err)
+			return nil, fmt.Errorf("open layers: %w", err)
 		}
 		out = append(out, opened)
 	}

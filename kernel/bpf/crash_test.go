@@ -280,3 +280,67 @@ func wantWritesMarked(t *testing.T, tr *Tracker, device string) {
 	wantEqual(t, rotate(t, tr), want)
 	wantReliable(t, tr)
 }
+
+// TestWhatOneReadAnotherMayHaveAcknowledged: two processes work the same tracker. What one of
+// them has read of an ended epoch is worth nothing once the other has ended the next.
+func TestWhatOneReadAnotherMayHaveAcknowledged(t *testing.T) {
+	device, _ := newLoop(t, 8<<20)
+	one := track(t, device)
+	other, err := Open(device)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	f := openDirect(t, device)
+	marks := func(blocks ...int64) *kernel.Bitmap {
+		b := kernel.NewBitmap(2048)
+		for _, i := range blocks {
+			b.Set(i)
+		}
+		return b
+	}
+	pending := func(tr *Tracker, want *kernel.Bitmap) {
+		t.Helper()
+		e, err := tr.Pending(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want == nil && e == nil {
+			return
+		}
+		if want == nil || e == nil {
+			t.Fatalf("pending is %v, want %v", e, want)
+		}
+		wantEqual(t, e.Bitmap, want)
+	}
+	end := func(tr *Tracker, want *kernel.Bitmap) uint64 {
+		t.Helper()
+		e, err := tr.Rotate(t.Context(), kernel.NewNonce())
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantEqual(t, e.Bitmap, want)
+		return e.Position.Epoch
+	}
+	ack := func(tr *Tracker, epoch uint64) {
+		t.Helper()
+		if err := tr.Ack(t.Context(), epoch); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(t, f, 3)
+	first := end(one, marks(3))
+	pending(one, marks(3))
+	ack(other, first)
+	write(t, f, 5)
+	write(t, f, 700)
+	second := end(other, marks(5, 700))
+	pending(one, marks(5, 700))
+	ack(one, second)
+	pending(other, nil)
+	write(t, f, 9)
+	third := end(one, marks(9))
+	write(t, f, 11)
+	ack(one, third)
+	end(other, marks(11)) // nothing is left of the epochs before
+}

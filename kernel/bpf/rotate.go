@@ -132,6 +132,7 @@ func (t *Tracker) Pending(ctx context.Context) (*kernel.Epoch, error) {
 		return nil, err
 	}
 	if s.Step != stepPending {
+		t.ended = nil // another process has acknowledged it
 		return nil, nil
 	}
 	e, err := t.pendingEpoch(s)
@@ -146,7 +147,7 @@ func (t *Tracker) Pending(ctx context.Context) (*kernel.Epoch, error) {
 func (t *Tracker) pendingEpoch(s state) (kernel.Epoch, error) {
 	p := kernel.Position{Tracker: s.UUID, Epoch: s.PendingEpoch, Nonce: s.Nonce}
 	if t.ended != nil && t.ended.Position == p {
-		return kernel.Epoch{Position: p, Bitmap: t.ended.Bitmap.Clone()}, nil
+		return *t.ended, nil
 	}
 	b := kernel.NewBitmap(t.target.blocks())
 	if s.PendingAll != 0 {
@@ -154,8 +155,8 @@ func (t *Tracker) pendingEpoch(s state) (kernel.Epoch, error) {
 	} else if err := t.add(b, 1-s.Active); err != nil {
 		return kernel.Epoch{}, err
 	}
-	t.ended = &kernel.Epoch{Position: p, Bitmap: b.Clone()}
-	return kernel.Epoch{Position: p, Bitmap: b}, nil
+	t.ended = &kernel.Epoch{Position: p, Bitmap: b}
+	return *t.ended, nil
 }
 
 // Ack lets go of the ended epoch with that number: its bitmap is wiped for the
@@ -169,6 +170,7 @@ func (t *Tracker) Ack(ctx context.Context, epoch uint64) error {
 		return err
 	}
 	if s.Step != stepPending || s.PendingEpoch != epoch {
+		t.ended = nil
 		return nil
 	}
 	s.Step = stepClearing

@@ -128,9 +128,9 @@ func wipeMap(m *ebpf.Map) error {
 }
 
 const (
-	// fewWords is up to how many words clearWords goes to one by one: at some
-	// 100 ns each, less than a walk over the bitmap of a large device.
-	fewWords  = 1 << 17
+	// fewWords is of how many words one, at most, is marked for wipeWords to go to them one
+	// by one: each takes as long as so many in a walk over all, or a little longer.
+	fewWords  = 32
 	wordBatch = 4096
 )
 
@@ -139,7 +139,7 @@ const (
 func wipeWords(m *ebpf.Map, b *kernel.Bitmap) error {
 	var keys []uint32
 	for i := b.NextSet(0); i < b.Blocks(); i = b.NextSet(i/64*64 + 64) {
-		if keys = append(keys, uint32(i/64)); len(keys) > fewWords {
+		if keys = append(keys, uint32(i/64)); len(keys) > int(m.MaxEntries())/fewWords {
 			return wipeMap(m)
 		}
 	}

@@ -6,8 +6,6 @@ import (
 	"context"
 	"sync"
 
-	"golang.org/x/sync/semaphore"
-
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
@@ -59,7 +57,7 @@ type pipe struct {
 	progress func(bytes int64)
 	abort    func() // makes whatever waits for the target give up
 
-	flight              *semaphore.Weighted // reads
+	flight              *device.Flight
 	free, work, ordered chan *chunk
 }
 
@@ -69,7 +67,7 @@ func (p *pipe) run(ctx context.Context, spans plan, read func() error) (total co
 	ctx, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(ctx, p.abort)
 	workers := min(p.parallel, maxWorkers)
-	p.flight = semaphore.NewWeighted(int64(p.parallel))
+	p.flight = device.NewFlight(p.from, p.parallel)
 	chunks := 2 * workers
 	p.free, p.work, p.ordered = make(chan *chunk, chunks), make(chan *chunk, chunks), make(chan *chunk, chunks)
 	for range chunks {
@@ -194,17 +192,7 @@ func (p *pipe) fill(ctx context.Context, c *chunk) error {
 			at += kernel.BlocksOf(s.Length) * kernel.BlockSize
 		}
 	}
-	// Two chunks under way: while one is dealt with, the device has the other.
-	most := min(int64(len(c.reads)), int64(max(1, p.parallel/2)))
-	if err := p.flight.Acquire(ctx, most); err != nil {
-		return context.Cause(ctx)
-	}
-	defer p.flight.Release(most)
-	err := p.from.ReadExtents(ctx, c.reads, int(most))
-	if cause := context.Cause(ctx); err != nil && cause != nil {
-		return cause // what it was that ended it, and not that it was
-	}
-	return err
+	return p.flight.Read(ctx, c.reads)
 }
 
 // pack makes the record of what was read.

@@ -55,12 +55,8 @@ func (s *send) precopy(ctx context.Context) error {
 // pause is about how long reading the marked blocks takes, and whether they fit
 // memory.
 func (s *send) pause(b *kernel.Bitmap) (took time.Duration, fits bool) {
-	extents := int64(0)
-	for i := b.NextSet(0); i < b.Blocks(); i = b.NextSet(b.NextClear(i)) {
-		extents++
-	}
 	bytes := b.Count() * kernel.BlockSize
-	return s.meter.Estimate(bytes, extents), bytes <= s.hold
+	return s.meter.Estimate(bytes, b.Runs()), bytes <= s.hold
 }
 
 // settle writes out beforehand what the Instant would have to write out first.

@@ -8,8 +8,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"golang.org/x/sync/semaphore"
-
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
@@ -43,14 +41,12 @@ type piece struct {
 
 // reader reads pieces ahead, many at once, and hands them out in order.
 type reader struct {
-	src     device.Source
+	flight  *device.Flight
 	key     *blocksum.Key
 	free    chan *piece
 	ordered chan *piece
 	work    chan *piece
 	bytes   atomic.Int64
-	most    int64               // reads in flight, of one goroutine
-	flight  *semaphore.Weighted // all reads in flight
 	wg      sync.WaitGroup
 }
 
@@ -60,9 +56,8 @@ func startReader(ctx context.Context, src device.Source, key *blocksum.Key, rang
 	readers := min(parallel, maxReaders)
 	pieces := 2 * readers
 	r := &reader{
-		src: src, key: key,
-		// Two batches under way: while one is dealt with, the device has the other.
-		most: int64(max(1, parallel/2)), flight: semaphore.NewWeighted(int64(parallel)),
+		flight:  device.NewFlight(src, parallel),
+		key:     key,
 		free:    make(chan *piece, pieces),
 		ordered: make(chan *piece, pieces),
 		work:    make(chan *piece, pieces),
@@ -133,19 +128,7 @@ func (r *reader) read(ctx context.Context, p *piece) error {
 			at += int(kernel.BlocksOf(rg.Length)) * kernel.BlockSize
 		}
 	}
-	if len(p.reads) == 0 {
-		return nil
-	}
-	most := min(int64(len(p.reads)), r.most)
-	if err := r.flight.Acquire(ctx, most); err != nil {
-		return context.Cause(ctx)
-	}
-	err := r.src.ReadExtents(ctx, p.reads, int(most))
-	r.flight.Release(most)
-	if err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			return cause // what it was that ended it, and not that it was
-		}
+	if err := r.flight.Read(ctx, p.reads); err != nil {
 		return err
 	}
 	i := 0
