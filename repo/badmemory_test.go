@@ -26,7 +26,7 @@ func TestBadMemoryIsNoticedBeforeABlobIsStored(t *testing.T) {
 				t.Fatalf("data of %d bytes that changed were stored: %v", len(data), err)
 			}
 			var s scratch
-			n := r.codec.sealBlob(&s, DataBlob, data)
+			n := r.codec.sealBlob(&s, KindData, data)
 			blob := pack.Blob{Handle: h, Length: uint32(len(s.sealed)), UncompressedLength: uint32(n)}
 			if err := r.codec.checkBlob(&s, blob, sum, false); err != nil {
 				t.Fatal(err)
@@ -44,7 +44,7 @@ func TestBadMemoryIsNoticedBeforeABlobIsStored(t *testing.T) {
 				t.Fatal("what is sealed was changed, and passed for good")
 			}
 			// What the compressor made was wrong, and was sealed as such.
-			r.codec.sealBlob(&s, DataBlob, flipped)
+			r.codec.sealBlob(&s, KindData, flipped)
 			if err := r.codec.checkBlob(&s, blob, sum, false); err == nil {
 				t.Fatal("other data were sealed, and passed for good")
 			}

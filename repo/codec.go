@@ -71,11 +71,11 @@ func (c *codec) openFile(sealed []byte, version uint) ([]byte, error) {
 // sealBlob makes the stored form of a blob in w.sealed, using w's other memory,
 // and says what UncompressedLength to note. A blob without bytes is never
 // compressed: its length of 0 would say that it is not.
-func (c *codec) sealBlob(w *scratch, t BlobType, plain []byte) (uncompressed int) {
+func (c *codec) sealBlob(w *scratch, kind Kind, plain []byte) (uncompressed int) {
 	text := plain
 	switch {
 	case len(plain) == 0:
-	case t == TreeBlob:
+	case kind == KindTree, kind == KindMeta && c.compress:
 		w.compressed = c.enc.file(plain, w.compressed[:0])
 		text, uncompressed = w.compressed, len(plain)
 	case c.compress:

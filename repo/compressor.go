@@ -16,10 +16,15 @@ const (
 	// the default level's to be preferred. It costs a half to a fifth of the
 	// time.
 	goodEnough = 1.005
-	// likeTheLast is how far the share that is left of a blob may be from that
+	// likeTheLast is how far the share that is saved of a blob may be from that
 	// of the blob on which both levels were tried, for what was found there to
-	// hold for it.
-	likeTheLast = 0.03
+	// hold for it; and leastLike the same where next to nothing was saved: what
+	// the fastest level finds little in may compress well all the same.
+	likeTheLast = 0.06
+	leastLike   = 0.005
+	// smallBlob is the size below which both levels are tried on each blob: what
+	// the fastest level finds depends on it, and it takes little time.
+	smallBlob = 256 << 10
 	// trustAtMost is how many blobs the outcome of a trial holds for.
 	trustAtMost = 128
 )
@@ -79,18 +84,23 @@ func (c *compressor) blob(plain, a, b []byte) (frame, other []byte) {
 	if c.fast == nil {
 		return c.enc.EncodeAll(plain, a[:0]), b
 	}
-	try, prefer, share := c.next()
+	try, prefer, share := true, false, 0.0
+	if len(plain) >= smallBlob {
+		try, prefer, share = c.next()
+	}
 	if !try && !prefer {
 		return c.enc.EncodeAll(plain, a[:0]), b
 	}
 	a = c.fast.EncodeAll(plain, a[:0])
 	left := float64(len(a)) / float64(len(plain))
-	if !try && math.Abs(left-share) <= likeTheLast {
+	if !try && math.Abs(left-share) <= max(likeTheLast*(1-share), leastLike) {
 		return a, b
 	}
 	b = c.enc.EncodeAll(plain, b[:0])
 	good := float64(len(a)) <= goodEnough*float64(len(b))
-	c.learn(good, left)
+	if len(plain) >= smallBlob {
+		c.learn(good, left)
+	}
 	if good {
 		return a, b
 	}

@@ -206,7 +206,7 @@ func (w *Writer) store(ctx context.Context, kind Kind, h BlobHandle, data []byte
 		}
 	}()
 	codec := w.repo.codec
-	uncompressed := codec.sealBlob(s, h.Type, data)
+	uncompressed := codec.sealBlob(s, kind, data)
 	// Bad memory must show now and not when the blob is needed. The sum is older
 	// than the ID, so that data which changed under us are noticed, too.
 	blob := pack.Blob{Handle: h, Length: uint32(len(s.sealed)), UncompressedLength: uint32(uncompressed)}
