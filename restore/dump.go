@@ -10,7 +10,6 @@ import (
 	"sync"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
-	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/snapshot"
 )
 
@@ -90,7 +89,7 @@ func Dump(ctx context.Context, store snapshot.Store, out io.Writer, o DumpOption
 		d.why = lost.Cause
 	}
 	d.fetch = newFetcher(d.chain)
-	d.fetch.kept = &blobCache{blobs: map[repo.ID][]byte{}}
+	d.fetch.kept = newBlobCache()
 	d.fetch.bad = func(segs []segment, err error) error {
 		extents := make([]kernel.Extent, len(segs))
 		for i, s := range segs {

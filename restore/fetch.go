@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"runtime"
 	"slices"
 	"sync"
@@ -40,7 +41,7 @@ type fetcher struct {
 	chain    *chain
 	parallel int
 	loads    chan struct{} // holds one for each load in flight, of all fetches together
-	kept     *blobCache    // if set, for blobs that the next window needs as well
+	kept     *blobCache    // if set, for blobs that further windows need as well
 	bytes    atomic.Int64
 	// bad is told of a blob of which no good copy is left, from many
 	// goroutines. Its error ends the fetch.
@@ -179,15 +180,31 @@ func isDamage(err error) bool {
 		errors.Is(err, backend.ErrNotExist) || errors.Is(err, backend.ErrRange) || errors.Is(err, unix.EIO)
 }
 
-// keptBytes is what a blobCache holds.
-const keptBytes = 24 << 20
+// A blobCache holds a 32nd part of the machine's memory, within these bounds.
+const (
+	leastKept = 24 << 20
+	mostKept  = 256 << 20
+)
 
-// blobCache keeps the blobs that were put last.
+// blobCache keeps blobs that further windows may need as well. The windows come back to all blobs
+// of what is written all the time, again and again: whichever was kept last would be gone before
+// it is needed, so that it is a random one that makes room.
 type blobCache struct {
+	limit int // bytes
+
 	mu    sync.Mutex
+	ids   []repo.ID // in no order
 	blobs map[repo.ID][]byte
-	order []repo.ID
 	bytes int
+}
+
+func newBlobCache() *blobCache {
+	c := &blobCache{limit: leastKept, blobs: map[repo.ID][]byte{}}
+	var info unix.Sysinfo_t
+	if unix.Sysinfo(&info) == nil {
+		c.limit = int(min(max(info.Totalram*uint64(info.Unit)/32, leastKept), mostKept))
+	}
+	return c
 }
 
 func (c *blobCache) get(id repo.ID) ([]byte, bool) {
@@ -200,15 +217,17 @@ func (c *blobCache) get(id repo.ID) ([]byte, bool) {
 func (c *blobCache) put(id repo.ID, plain []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, ok := c.blobs[id]; ok || len(plain) > keptBytes {
+	if _, ok := c.blobs[id]; ok || len(plain) > c.limit {
 		return
 	}
-	for c.bytes+len(plain) > keptBytes {
-		c.bytes -= len(c.blobs[c.order[0]])
-		delete(c.blobs, c.order[0])
-		c.order = c.order[1:]
+	for c.bytes+len(plain) > c.limit {
+		i := rand.IntN(len(c.ids))
+		c.bytes -= len(c.blobs[c.ids[i]])
+		delete(c.blobs, c.ids[i])
+		c.ids[i] = c.ids[len(c.ids)-1]
+		c.ids = c.ids[:len(c.ids)-1]
 	}
-	c.blobs[id] = bytes.Clone(plain)
-	c.order = append(c.order, id)
+	c.blobs[id] = bytes.Clone(plain) // the memory of others may be in use
+	c.ids = append(c.ids, id)
 	c.bytes += len(plain)
 }
