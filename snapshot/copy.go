@@ -98,7 +98,7 @@ func (b *backup) copyChecked(ctx context.Context, from device.Standing, release 
 			return failed
 		}
 		if lie != nil {
-			return nil // an error would end the writer, which the next copy needs
+			return nil //nolint:nilerr // an error would end the writer, which the next copy needs
 		}
 		return release()
 	}
