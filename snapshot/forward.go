@@ -49,7 +49,7 @@ func (b *backup) forward(ctx context.Context, links []link) (*repo.ID, error) {
 	counted := &countingSaver{Saver: b.stage}
 	o := b.layerOptions(device.Standing{Device: b.Device, Until: ctx}, toRead(seq(ranges)))
 	o.Expected, o.Progress = opposite{layer.NewSums(ctx, b.stage, layers, size, size)}, nil
-	o.Ages = b.ages(links, layers)
+	o.Ages = b.ages(links, layers, kernel.TotalLength(ranges))
 	res, err := layer.Write(ctx, counted, o)
 	b.sum.CopiedForwardPacked += counted.stored.Load()
 	b.forwarded += counted.plain.Load()

@@ -259,12 +259,13 @@ func (b *backup) openAges(ctx context.Context) (*layer.Ages, error) {
 	if err != nil {
 		return nil, err
 	}
-	return b.ages(c.links[from:], layers), nil
+	return b.ages(c.links[from:], layers, b.total), nil
 }
 
 // ages has the ages from some links, the newest of a chain, as they were opened. It is nil if
-// the chain has no generations.
-func (b *backup) ages(links []link, layers []*layer.Layer) *layer.Ages {
+// the chain has no generations. For total bytes, if these are few, the older generation is as
+// the newer one: a small blob more compresses noticeably worse.
+func (b *backup) ages(links []link, layers []*layer.Layer, total int64) *layer.Ages {
 	g := b.parent.Manifest.Generations
 	if g == nil || g.Older == "" && g.Newer == "" {
 		return nil
@@ -274,8 +275,11 @@ func (b *backup) ages(links []link, layers []*layer.Layer) *layer.Ages {
 	if from == len(names) {
 		from = 0 // the look does not go back to them: all is newer
 	}
-	return layer.NewAges(b.stage, layers[from:], names[from] == g.Older, b.Device.Size())
+	return layer.NewAges(b.stage, layers[from:], names[from] == g.Older && total >= threeAges, b.Device.Size())
 }
+
+// threeAges is from how many bytes on three kinds of blobs are worth their while.
+const threeAges = 4 << 20
 
 // blockWeight is about how many bytes of metadata a scattered block has.
 const blockWeight = 13

@@ -430,8 +430,6 @@ func TestBlocksShareBlobsWithOthersOfTheirAge(t *testing.T) {
 	}{
 		{4000, true, map[Age]int{Settled: 8, Older: 4, Newer: 4}},
 		{4000, false, map[Age]int{Settled: 8, Newer: 8}},
-		{800, true, map[Age]int{Settled: 2, Older: 1, Newer: 1}}, // 200 and 200 do not fit one
-		{500, true, map[Age]int{Settled: 1, Newer: 1}},
 	} {
 		lately := NewAges(s, open(t, s, tree)[1:3], c.older, size)
 		write(t, s, tree, Options{Source: img, Size: size, Ranges: ranges(dirtied(c.blocks, 4)), Key: key, Ages: lately})
@@ -451,7 +449,7 @@ func TestBlocksShareBlobsWithOthersOfTheirAge(t *testing.T) {
 				switch block := (e.Offset + n) / kernel.BlockSize; {
 				case block%16 == 0:
 					age = Newer
-				case block%8 == 0 && c.older && c.blocks > 500:
+				case block%8 == 0 && c.older:
 					age = Older
 				case block%8 == 0:
 					age = Newer

@@ -54,7 +54,6 @@ type splitter struct {
 	// Blocks that are written often die soon: apart from the others, they leave few blobs
 	// behind of which little is live.
 	gathers [ages]gather
-	full    [ages]bool // one such blob was full, in this part or an earlier one
 }
 
 // gather is a blob of scattered blocks in the making.
@@ -268,7 +267,6 @@ func (s *splitter) gatherInto(age Age, off int64, b []byte) error {
 		g.data = append(g.data, b[:n]...)
 		off, b = off+int64(n), b[n:]
 		if len(g.data) > gatherSize-kernel.BlockSize {
-			s.full[age] = true
 			if err := s.closeGather(g); err != nil {
 				return err
 			}
@@ -286,22 +284,6 @@ func (s *splitter) closeGather(g *gather) error {
 	return err
 }
 
-// joinSmall makes one blob of what was written lately, if there is so little of it that two would
-// compress noticeably worse.
-func (s *splitter) joinSmall() {
-	from, to := &s.gathers[Older], &s.gathers[Newer]
-	if s.full[Older] || s.full[Newer] || from.blob == nil || to.blob == nil || len(from.data)+len(to.data) > gatherSize {
-		return
-	}
-	for i := range s.part.extents {
-		if e := &s.part.extents[i]; e.first == from.blob {
-			e.first, e.at = to.blob, e.at+int64(len(to.data))
-		}
-	}
-	to.data = append(to.data, from.data...)
-	from.blob, from.data = nil, nil
-}
-
 // settle closes the part. It is called between pieces, so that a part always
 // ends at a whole block.
 func (s *splitter) settle() error {
@@ -316,7 +298,6 @@ func (s *splitter) finish() error {
 	if err := s.endRun(); err != nil {
 		return err
 	}
-	s.joinSmall()
 	for i := range s.gathers {
 		if err := s.closeGather(&s.gathers[i]); err != nil {
 			return err
