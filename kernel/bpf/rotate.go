@@ -142,11 +142,18 @@ func (t *Tracker) Pending(ctx context.Context) (*kernel.Epoch, error) {
 	return &e, nil
 }
 
+// pending is the position at which the ended epoch ends.
+func (s state) pending() kernel.Position {
+	return kernel.Position{Tracker: s.UUID, Epoch: s.PendingEpoch, Nonce: s.Nonce}
+}
+
+// hasRead reports whether this process has the ended epoch's bitmap.
+func (t *Tracker) hasRead(s state) bool { return t.ended != nil && t.ended.Position == s.pending() }
+
 // pendingEpoch reads the ended epoch, but for one that this process has read: nothing
 // marks blocks in it any more.
 func (t *Tracker) pendingEpoch(s state) (kernel.Epoch, error) {
-	p := kernel.Position{Tracker: s.UUID, Epoch: s.PendingEpoch, Nonce: s.Nonce}
-	if t.ended != nil && t.ended.Position == p {
+	if t.hasRead(s) {
 		return *t.ended, nil
 	}
 	b := kernel.NewBitmap(t.target.blocks())
@@ -155,7 +162,7 @@ func (t *Tracker) pendingEpoch(s state) (kernel.Epoch, error) {
 	} else if err := t.add(b, 1-s.Active); err != nil {
 		return kernel.Epoch{}, err
 	}
-	t.ended = &kernel.Epoch{Position: p, Bitmap: b}
+	t.ended = &kernel.Epoch{Position: s.pending(), Bitmap: b}
 	return *t.ended, nil
 }
 
@@ -183,9 +190,8 @@ func (t *Tracker) Ack(ctx context.Context, epoch uint64) error {
 }
 
 func (t *Tracker) wipe(s state) (state, error) {
-	p := kernel.Position{Tracker: s.UUID, Epoch: s.PendingEpoch, Nonce: s.Nonce}
 	var err error
-	if t.ended != nil && t.ended.Position == p {
+	if t.hasRead(s) {
 		err = wipeWords(t.bits(1-s.Active), t.ended.Bitmap)
 	} else {
 		err = wipeMap(t.bits(1 - s.Active))
