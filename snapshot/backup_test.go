@@ -106,8 +106,8 @@ func (f *imageFile) backup(change func(*Options)) *Summary {
 	return s
 }
 
-// restored reads a snapshot back block by block.
-func (f *imageFile) restored(id repo.ID) []byte {
+// chain opens the layers of a snapshot.
+func (f *imageFile) chain(id repo.ID) ([]*layer.Layer, *Manifest) {
 	f.t.Helper()
 	ctx, from := f.t.Context(), Store{f.r}
 	sn, err := f.r.LoadSnapshot(ctx, id)
@@ -122,7 +122,15 @@ func (f *imageFile) restored(id repo.ID) []byte {
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	out := make([]byte, devices[0].Manifest.Size)
+	return layers, devices[0].Manifest
+}
+
+// restored reads a snapshot back block by block.
+func (f *imageFile) restored(id repo.ID) []byte {
+	f.t.Helper()
+	ctx, from := f.t.Context(), Store{f.r}
+	layers, manifest := f.chain(id)
+	out := make([]byte, manifest.Size)
 	m := layer.NewMerger(from, layers, int64(len(out)))
 	for {
 		p, err := m.Next(ctx)

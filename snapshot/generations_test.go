@@ -19,24 +19,12 @@ import (
 // layers are the generations of a snapshot, and the names of its layers.
 func (f *imageFile) layers(id repo.ID) (*Generations, []string) {
 	f.t.Helper()
-	store := Store{f.r}
-	sn, err := f.r.LoadSnapshot(f.t.Context(), id)
-	if err != nil {
-		f.t.Fatal(err)
-	}
-	devices, err := Devices(f.t.Context(), store, id, sn)
-	if err != nil {
-		f.t.Fatal(err)
-	}
-	tree, err := store.LoadTree(f.t.Context(), devices[0].Manifest.Layers)
-	if err != nil {
-		f.t.Fatal(err)
-	}
+	chain, manifest := f.chain(id)
 	var names []string
-	for _, n := range tree.Nodes {
-		names = append(names, n.Name)
+	for _, l := range chain {
+		names = append(names, fmt.Sprintf("%016x", l.Number))
 	}
-	return devices[0].Manifest.Generations, names
+	return manifest.Generations, names
 }
 
 // TestGenerationsComeAndGo makes backups of a device of which a tenth is written all the
@@ -95,18 +83,7 @@ func TestGenerationsComeAndGo(t *testing.T) {
 func (f *imageFile) placed(id repo.ID, size int64) (layers []string, blobs []repo.ID) {
 	f.t.Helper()
 	ctx, store := f.t.Context(), Store{f.r}
-	sn, err := f.r.LoadSnapshot(ctx, id)
-	if err != nil {
-		f.t.Fatal(err)
-	}
-	devices, err := Devices(ctx, store, id, sn)
-	if err != nil {
-		f.t.Fatal(err)
-	}
-	chain, err := layer.Open(ctx, store, devices[0].Manifest.Layers)
-	if err != nil {
-		f.t.Fatal(err)
-	}
+	chain, _ := f.chain(id)
 	layers, blobs = make([]string, size/kernel.BlockSize), make([]repo.ID, size/kernel.BlockSize)
 	for _, l := range chain {
 		for m := layer.NewMerger(store, []*layer.Layer{l}, size); ; {
@@ -131,8 +108,9 @@ func (f *imageFile) placed(id repo.ID, size int64) (layers []string, blobs []rep
 }
 
 // TestScatteredBlocksLieWithOthersOfTheirAge: whether they changed or are copied forward,
-// blocks of what was written lately and of what has settled share no blob. So little of it as
-// here shares one, of whichever generation it is.
+// blocks of what is newer, of the older generation and of what has settled share no blob, but for
+// so little as is copied here: of that both generations do. Nor does what is copied with what
+// changed.
 func TestScatteredBlocksLieWithOthersOfTheirAge(t *testing.T) {
 	const size = 4 << 20
 	rng := rand.New(rand.NewPCG(9, 9))
@@ -172,15 +150,17 @@ func TestScatteredBlocksLieWithOthersOfTheirAge(t *testing.T) {
 			} else {
 				age = 0
 			}
+			kind := age
 			if written[i] {
 				changed[age]++
 			} else {
 				copied[age]++
+				kind = 10 + min(age, 1)
 			}
 			if mates[blob] == nil {
 				mates[blob] = map[int]bool{}
 			}
-			mates[blob][min(age, 1)] = true
+			mates[blob][kind] = true
 		}
 		for blob, ages := range mates {
 			if len(ages) > 1 {

@@ -121,6 +121,17 @@ func TestALyingTrackerIsCaught(t *testing.T) {
 	}
 }
 
+// newChecked is an image with a backup, whose tracker each further one checks as a whole.
+func newChecked(t *testing.T, size int64) (*imageFile, *marking, *rand.Rand, func(*Options)) {
+	t.Helper()
+	rng := rand.New(rand.NewPCG(5, 6))
+	f, m := newImage(t, int(size)), newMarking(size)
+	f.write(0, noise(rng, int(size)))
+	with := func(o *Options) { o.History, o.SpotCheck = m, int(size/kernel.BlockSize) }
+	f.backup(with)
+	return f, m, rng, with
+}
+
 // TestADeviceIsHeldUntilItsTrackerIsChecked: what changed is copied while the tracker is
 // checked. A device that is let go only then is written to at once; what it held before is in
 // the snapshot, whether the tracker was right, or lied and everything had to be compared.
@@ -128,12 +139,7 @@ func TestADeviceIsHeldUntilItsTrackerIsChecked(t *testing.T) {
 	const size = 4 << 20
 	for name, lie := range map[string]bool{"Honest": false, "Lying": true} {
 		t.Run(name, func(t *testing.T) {
-			rng := rand.New(rand.NewPCG(5, 6))
-			f := newImage(t, size)
-			f.write(0, noise(rng, size))
-			m := newMarking(size)
-			with := func(o *Options) { o.History, o.SpotCheck = m, size/kernel.BlockSize }
-			f.backup(with)
+			f, m, rng, with := newChecked(t, size)
 			for range 300 {
 				b := rng.Int64N(size / kernel.BlockSize)
 				f.write(b*kernel.BlockSize, noise(rng, kernel.BlockSize))
@@ -168,12 +174,7 @@ func TestALieIsNotForgotten(t *testing.T) {
 	const size = 1 << 20
 	for name, freeze := range map[string]bool{"Copy": false, "Precopy": true} {
 		t.Run(name, func(t *testing.T) {
-			rng := rand.New(rand.NewPCG(7, 7))
-			f := newImage(t, size)
-			f.write(0, noise(rng, size))
-			m := newMarking(size)
-			with := func(o *Options) { o.History, o.SpotCheck = m, size/kernel.BlockSize }
-			f.backup(with)
+			f, m, rng, with := newChecked(t, size)
 			f.write(0, noise(rng, size/2))
 			m.running.SetRange(0, 20)
 			ctx, cancel := context.WithCancel(t.Context())

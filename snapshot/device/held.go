@@ -42,10 +42,9 @@ func Hold(ctx context.Context, from Source, ranges iter.Seq[kernel.Extent], tota
 		}
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(min(2, parallel))
-	most := max(1, parallel/2)
+	flight := NewFlight(from, parallel)
 	for batch := range slices.Chunk(reads, holdBatch) {
-		g.Go(func() error { return from.ReadExtents(ctx, batch, most) })
+		g.Go(func() error { return flight.Read(ctx, batch) })
 	}
 	return h, g.Wait()
 }
