@@ -93,7 +93,7 @@ func (c *compressor) blob(plain, a, b []byte) (frame, other []byte) {
 	}
 	a = c.fast.EncodeAll(plain, a[:0])
 	left := float64(len(a)) / float64(len(plain))
-	if !try && math.Abs(left-share) <= max(likeTheLast*(1-share), leastLike) {
+	if !try && alike(left, share) {
 		return a, b
 	}
 	b = c.enc.EncodeAll(plain, b[:0])
@@ -116,14 +116,28 @@ func (c *compressor) next() (try, prefer bool, share float64) {
 }
 
 // learn takes note of a trial. What is found again and again is trusted for
-// longer.
+// longer. That fast is good enough has to be found twice before it is trusted at
+// all: now and then the default level, too, misses what there is to find in a blob,
+// which says nothing of the next one.
 func (c *compressor) learn(good bool, share float64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if good == c.prefer && c.period > 0 {
-		c.period = min(2*c.period, trustAtMost)
-	} else {
+	switch {
+	case good != c.prefer || good && !alike(share, c.share):
 		c.period = 1
+		if good {
+			c.period = 0
+		}
+	case c.period == 0:
+		c.period = 1
+	default:
+		c.period = min(2*c.period, trustAtMost)
 	}
 	c.prefer, c.share, c.trust = good, share, c.period
+}
+
+// alike reports whether what was found of a blob of which share is left holds for one
+// of which left is left.
+func alike(left, share float64) bool {
+	return math.Abs(left-share) <= max(likeTheLast*(1-share), leastLike)
 }
