@@ -39,7 +39,9 @@ func (b *backup) forward(ctx context.Context, links []link) (*repo.ID, error) {
 		return nil, err
 	}
 	size := b.Device.Size()
-	ranges, err := layer.Worn(ctx, b.stage, layers, layer.WornOptions{Size: size, Budget: budget, Percent: wornPercent})
+	ranges, err := layer.Worn(ctx, b.stage, layers, layer.WornOptions{
+		Size: size, Budget: budget, Percent: wornPercent, Settled: b.settled(links),
+	})
 	if err != nil {
 		return nil, fmt.Errorf("look for worn blobs: %w", err)
 	}

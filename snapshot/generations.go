@@ -270,12 +270,22 @@ func (b *backup) ages(links []link, layers []*layer.Layer, total int64) *layer.A
 	if g == nil || g.Older == "" && g.Newer == "" {
 		return nil
 	}
-	names := linkNames(links)
-	from := g.young(names)
-	if from == len(names) {
-		from = 0 // the look does not go back to them: all is newer
-	}
+	names, from := linkNames(links), b.settled(links)
 	return layer.NewAges(b.stage, layers[from:], names[from] == g.Older && total >= threeAges, b.Device.Size())
+}
+
+// settled is how many of some links, the newest of the chain, hold what has settled. It is 0
+// if the chain has no generations.
+func (b *backup) settled(links []link) int {
+	g := b.parent.Manifest.Generations
+	if g == nil {
+		return 0
+	}
+	n := g.young(linkNames(links))
+	if n == len(links) {
+		return 0 // the look does not go back to the generations: nothing has settled
+	}
+	return n
 }
 
 // threeAges is from how many bytes on three kinds of blobs are worth their while.

@@ -12,17 +12,20 @@ import (
 	"github.com/dsync-backup/dsync-backup/kernel"
 )
 
-// WornOptions say what is looked for. All must be set.
+// WornOptions say what is looked for.
 type WornOptions struct {
 	Size   int64 // of the device, in bytes
 	Budget int64 // bytes of the device that are wanted at most
 	// Percent is what may be live, at most, of a blob that is worn.
 	Percent int64
+	// Settled is how many of the layers, from the oldest on, hold what has settled. Worn
+	// blobs of the others come first: theirs are needed by snapshots that go soon.
+	Settled int
 }
 
 // Worn lists the ranges of the device, sorted and in whole blocks, whose data
-// lie in blobs of which little is live any more: of those with the least live,
-// as much as the budget allows. With these ranges stored anew, the layers need
+// lie in blobs of which little is live any more: of those with the least live, those of
+// what has settled last, as much as the budget allows. With these ranges stored anew, the layers need
 // less of such blobs, or nothing at all.
 //
 // What is live is what the layers give together. They are to be the newest of
@@ -30,7 +33,7 @@ type WornOptions struct {
 // nothing else, and holds one part of each, and the ranges of what it found
 // within a few times the budget.
 func Worn(ctx context.Context, from Loader, layers []*Layer, o WornOptions) ([]kernel.Extent, error) {
-	w := &wear{WornOptions: o, open: map[*cursor]*partWear{}}
+	w := &wear{WornOptions: o, settled: layers[:o.Settled], open: map[*cursor]*partWear{}}
 	m := NewMerger(from, layers, o.Size)
 	for {
 		if err := ctx.Err(); err != nil {
@@ -54,17 +57,19 @@ func Worn(ctx context.Context, from Loader, layers []*Layer, o WornOptions) ([]k
 // wear is one run of Worn.
 type wear struct {
 	WornOptions
-	open  map[*cursor]*partWear
-	zeros int64 // length of the zeros that end where the walk is
-	found []wornBlob
-	held  int64 // bytes of what was found
+	settled []*Layer
+	open    map[*cursor]*partWear
+	zeros   int64 // length of the zeros that end where the walk is
+	found   []wornBlob
+	held    int64 // bytes of what was found
 }
 
 // partWear is how worn the blobs of one part are.
 type partWear struct {
-	part   *Part
-	live   []int64 // of each blob, in bytes
-	pieces []wornPiece
+	part    *Part
+	settled bool    // it is of what has settled
+	live    []int64 // of each blob, in bytes
+	pieces  []wornPiece
 
 	end, data int64 // where the last piece ended, on the device and in the data file
 }
@@ -77,9 +82,10 @@ type wornPiece struct {
 
 // wornBlob is a blob of which little is live, and where.
 type wornBlob struct {
-	live   float64 // the part of it that is
-	bytes  int64   // in the ranges
-	ranges []kernel.Extent
+	live    float64 // the part of it that is
+	settled bool    // its layer is one of what has settled
+	bytes   int64   // in the ranges
+	ranges  []kernel.Extent
 }
 
 // add counts a piece of the merged device.
@@ -98,7 +104,7 @@ func (w *wear) add(p Piece) {
 		if part != nil {
 			w.settle(part)
 		}
-		part = &partWear{part: p.Part, live: make([]int64, len(p.Part.Data.Blobs))}
+		part = &partWear{part: p.Part, settled: slices.Contains(w.settled, p.cursor.layer), live: make([]int64, len(p.Part.Data.Blobs))}
 		w.open[p.cursor] = part
 	}
 	// Zeros inside of a run are in its chunks, and no extent points at them
@@ -143,7 +149,7 @@ func (w *wear) settle(p *partWear) {
 		}
 		b := found[x.blob]
 		if b == nil {
-			b = &wornBlob{live: float64(p.live[x.blob]) / float64(size)}
+			b = &wornBlob{settled: p.settled, live: float64(p.live[x.blob]) / float64(size)}
 			found[x.blob] = b
 		}
 		b.bytes += x.Length
@@ -158,10 +164,16 @@ func (w *wear) settle(p *partWear) {
 	}
 }
 
-// trim keeps the most worn blobs, as far as the budget goes.
+// trim keeps the blobs that come first, as far as the budget goes.
 func (w *wear) trim() {
+	rank := func(b wornBlob) int {
+		if b.settled {
+			return 1
+		}
+		return 0
+	}
 	slices.SortFunc(w.found, func(a, b wornBlob) int {
-		return cmp.Or(cmp.Compare(a.live, b.live), cmp.Compare(a.ranges[0].Offset, b.ranges[0].Offset))
+		return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(a.live, b.live), cmp.Compare(a.ranges[0].Offset, b.ranges[0].Offset))
 	})
 	w.held = 0
 	for i, b := range w.found {
