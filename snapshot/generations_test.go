@@ -174,3 +174,25 @@ func TestScatteredBlocksLieWithOthersOfTheirAge(t *testing.T) {
 		t.Error("the load does not show all ages")
 	}
 }
+
+// TestWhatHasSettledIsKnown among the newest layers of a chain.
+func TestWhatHasSettledIsKnown(t *testing.T) {
+	links := []link{{name: "1"}, {name: "2"}, {name: "3"}, {name: "4"}, {name: "5"}}
+	for _, c := range []struct {
+		gens       *Generations
+		from, want int
+	}{
+		{&Generations{Older: "3", Newer: "4"}, 0, 2},
+		{&Generations{Newer: "4"}, 0, 3},
+		{&Generations{Older: "3"}, 1, 1},
+		{&Generations{Older: "3", Newer: "4"}, 3, 0}, // "4" and what is newer than it
+		{&Generations{Older: "3", Newer: "4"}, 4, 0}, // what is newer than both
+		{&Generations{}, 0, 0},
+		{nil, 0, 0},
+	} {
+		b := &backup{parent: &candidate{Device: Device{Manifest: &Manifest{Generations: c.gens}}}}
+		if got := b.settled(links[c.from:]); got != c.want {
+			t.Errorf("%+v: of the layers from %d on, %d are said to have settled, not %d", c.gens, c.from, got, c.want)
+		}
+	}
+}
