@@ -3,6 +3,7 @@ module github.com/dsync-backup/dsync-backup
 go 1.26.0
 
 require (
+	github.com/DataDog/zstd v1.5.7
 	github.com/RoaringBitmap/roaring/v2 v2.4.5
 	github.com/Shopify/toxiproxy/v2 v2.12.0
 	github.com/cenkalti/backoff/v5 v5.0.3

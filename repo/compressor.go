@@ -5,10 +5,7 @@ package repo
 import (
 	"fmt"
 	"math"
-	"runtime"
 	"sync"
-
-	"github.com/klauspost/compress/zstd"
 )
 
 const (
@@ -35,8 +32,8 @@ const (
 // or nothing to be found, that is used. Both are tried on some blobs, and on
 // those that turn out to compress differently from the last one tried.
 type compressor struct {
-	enc  *zstd.Encoder
-	fast *zstd.Encoder // nil: do not look for a cheaper way
+	enc  encoder
+	fast encoder // nil: do not look for a cheaper way
 
 	mu     sync.Mutex
 	prefer bool    // fast was good enough the last time both were tried
@@ -45,58 +42,51 @@ type compressor struct {
 	period int     // what trust began with
 }
 
-func newCompressor(mode Compression) (*compressor, error) {
-	level := zstd.SpeedDefault
+func newCompressor(mode Compression) (*compressor, error) { return newCompressorOf(mode, newEncoder) }
+
+func newCompressorOf(mode Compression, encoder func(level) (encoder, error)) (*compressor, error) {
+	l := levelDefault
 	switch mode {
 	case CompressionFastest:
-		level = zstd.SpeedFastest
+		l = levelFastest
 	case CompressionBetter:
-		level = zstd.SpeedBetterCompression
+		l = levelBetter
 	case CompressionMax:
-		level = zstd.SpeedBestCompression
-	}
-	encoder := func(level zstd.EncoderLevel) (*zstd.Encoder, error) {
-		// The MAC and the SHA-256 are checksum enough.
-		enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(level), zstd.WithEncoderCRC(false),
-			zstd.WithWindowSize(zstdWindow), zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)))
-		if err != nil {
-			return nil, fmt.Errorf("set up compression: %w", err)
-		}
-		return enc, nil
+		l = levelBest
 	}
 	c := &compressor{}
 	var err error
-	if c.enc, err = encoder(level); err != nil {
-		return nil, err
+	if c.enc, err = encoder(l); err == nil && mode == CompressionAuto {
+		c.fast, err = encoder(levelFastest)
 	}
-	if mode == CompressionAuto {
-		c.fast, err = encoder(zstd.SpeedFastest)
+	if err != nil {
+		return nil, fmt.Errorf("set up compression: %w", err)
 	}
-	return c, err
+	return c, nil
 }
 
 // file appends a file's frame to dst.
-func (c *compressor) file(plain, dst []byte) []byte { return c.enc.EncodeAll(plain, dst) }
+func (c *compressor) file(plain, dst []byte) []byte { return c.enc.encode(plain, dst) }
 
 // blob compresses a blob into a's memory, or b's, and gives both memories back,
 // the frame first.
 func (c *compressor) blob(plain, a, b []byte) (frame, other []byte) {
 	if c.fast == nil {
-		return c.enc.EncodeAll(plain, a[:0]), b
+		return c.enc.encode(plain, a[:0]), b
 	}
 	try, prefer, share := true, false, 0.0
 	if len(plain) >= smallBlob {
 		try, prefer, share = c.next()
 	}
 	if !try && !prefer {
-		return c.enc.EncodeAll(plain, a[:0]), b
+		return c.enc.encode(plain, a[:0]), b
 	}
-	a = c.fast.EncodeAll(plain, a[:0])
+	a = c.fast.encode(plain, a[:0])
 	left := float64(len(a)) / float64(len(plain))
 	if !try && alike(left, share) {
 		return a, b
 	}
-	b = c.enc.EncodeAll(plain, b[:0])
+	b = c.enc.encode(plain, b[:0])
 	good := float64(len(a)) <= goodEnough*float64(len(b))
 	if len(plain) >= smallBlob {
 		c.learn(good, left)

@@ -54,8 +54,12 @@ func contentKinds(t *testing.T) map[string][]byte {
 // TestLittleDataIsAsSmallAsTheDefaultLevel, also right after much that nothing was found in: the
 // fastest level finds nothing in 88 KiB of words either, and the default level a third.
 func TestLittleDataIsAsSmallAsTheDefaultLevel(t *testing.T) {
+	eachEncoder(t, littleDataIsAsSmall)
+}
+
+func littleDataIsAsSmall(t *testing.T, encoder newEncoderFunc) {
 	kinds := contentKinds(t)
-	c, err := newCompressor(CompressionAuto)
+	c, err := newCompressorOf(CompressionAuto, encoder)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +68,7 @@ func TestLittleDataIsAsSmallAsTheDefaultLevel(t *testing.T) {
 		for name, data := range kinds {
 			plain := data[i<<17:][:(8+16*(i%8))<<10]
 			frame, _ := c.blob(plain, nil, nil)
-			if want := len(c.enc.EncodeAll(plain, nil)); float64(len(frame)) > 1.01*float64(want) {
+			if want := len(c.enc.encode(plain, nil)); float64(len(frame)) > 1.01*float64(want) {
 				t.Errorf("%d bytes of %s take %d, at the default level %d", len(plain), name, len(frame), want)
 			}
 		}
@@ -73,10 +77,12 @@ func TestLittleDataIsAsSmallAsTheDefaultLevel(t *testing.T) {
 
 // What restic's default level would store is what CompressionAuto may exceed
 // by a percent at most, whatever the data and however they alternate.
-func TestAutoIsAsSmallAsTheDefaultLevel(t *testing.T) {
+func TestAutoIsAsSmallAsTheDefaultLevel(t *testing.T) { eachEncoder(t, autoIsAsSmall) }
+
+func autoIsAsSmall(t *testing.T, encoder newEncoderFunc) {
 	for name, data := range contentKinds(t) {
 		t.Run(name, func(t *testing.T) {
-			c, err := newCompressor(CompressionAuto)
+			c, err := newCompressorOf(CompressionAuto, encoder)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -91,7 +97,7 @@ func TestAutoIsAsSmallAsTheDefaultLevel(t *testing.T) {
 				plain := data[i:min(len(data), i+1<<20)]
 				a, b = c.blob(plain, a, b)
 				got += len(a)
-				want += len(c.enc.EncodeAll(plain, nil))
+				want += len(c.enc.encode(plain, nil))
 				if again, err := dec.DecodeAll(a, nil); err != nil || !bytes.Equal(again, plain) {
 					t.Fatalf("blob at %d does not decode: %v", i, err)
 				}
@@ -105,7 +111,11 @@ func TestAutoIsAsSmallAsTheDefaultLevel(t *testing.T) {
 }
 
 func TestAutoUsesTheFastestLevelWhereThatLosesNothing(t *testing.T) {
-	c, err := newCompressor(CompressionAuto)
+	eachEncoder(t, autoUsesTheFastest)
+}
+
+func autoUsesTheFastest(t *testing.T, encoder newEncoderFunc) {
+	c, err := newCompressorOf(CompressionAuto, encoder)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +125,7 @@ func TestAutoUsesTheFastestLevelWhereThatLosesNothing(t *testing.T) {
 	for i := range 4 * len(data) >> 20 {
 		plain := data[i<<20%len(data):][:1<<20]
 		a, b = c.blob(plain, a, b)
-		if bytes.Equal(a, c.fast.EncodeAll(plain, nil)) {
+		if bytes.Equal(a, c.fast.encode(plain, nil)) {
 			fast++
 		}
 	}
@@ -127,11 +137,13 @@ func TestAutoUsesTheFastestLevelWhereThatLosesNothing(t *testing.T) {
 	}
 }
 
-func TestOtherModesUseTheirLevelAlone(t *testing.T) {
-	data := contentKinds(t)["words"][:1<<20]
+func TestOtherModesUseTheirLevelAlone(t *testing.T) { eachEncoder(t, otherModes) }
+
+func otherModes(t *testing.T, encoder newEncoderFunc) {
+	data := contentKinds(t)["program"][:1<<20]
 	sizes := map[Compression]int{}
 	for _, mode := range []Compression{CompressionFastest, CompressionBetter, CompressionMax} {
-		c, err := newCompressor(mode)
+		c, err := newCompressorOf(mode, encoder)
 		if err != nil {
 			t.Fatal(err)
 		}

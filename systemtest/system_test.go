@@ -46,8 +46,8 @@ func TestMain(m *testing.M) {
 		defer os.RemoveAll(dir)
 		moduleDir, _ = filepath.Abs("..")
 		dsync = filepath.Join(dir, "dsync-backup")
-		build := exec.Command("go", "build", "-o", dsync, "./cmd/dsync-backup")
-		build.Dir, build.Env = moduleDir, append(os.Environ(), "CGO_ENABLED=0")
+		build := exec.Command("tools/static", "build", "-o", dsync, "./cmd/dsync-backup")
+		build.Dir = moduleDir
 		if out, err := build.CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "build dsync-backup: %v\n%s", err, out)
 			return 1

@@ -93,10 +93,9 @@ func goBuild(out string, verb, pkg string, args ...string) error {
 	if err != nil {
 		return err
 	}
-	args = append([]string{verb, "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", out}, args...)
-	cmd := exec.Command("go", append(args, pkg)...)
+	args = append([]string{verb, "-buildvcs=false", "-o", out}, args...)
+	cmd := exec.Command("tools/static", append(args, pkg)...)
 	cmd.Dir = root
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("go %s %s: %w\n%s", verb, pkg, err, out)
 	}
