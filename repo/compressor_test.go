@@ -14,7 +14,7 @@ import (
 
 // kinds of content: random bytes, words in random bytes, sorted numbers, and
 // this program itself.
-func contentKinds(t *testing.T) map[string][]byte {
+func contentKinds(t testing.TB) map[string][]byte {
 	t.Helper()
 	const size = 6 << 20
 	r := rand.New(rand.NewPCG(4, 2))

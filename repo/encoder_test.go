@@ -90,3 +90,25 @@ func TestTheEncodersAgree(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkEncoders compares the encoder that is used with Go's, on one core.
+func BenchmarkEncoders(b *testing.B) {
+	for name, data := range contentKinds(b) {
+		for l, speed := range []string{"fastest", "default", "better", "best"} {
+			for who, encoder := range map[string]newEncoderFunc{"used": newEncoder, "Go": newGoEncoder} {
+				b.Run(name+"/"+speed+"/"+who, func(b *testing.B) {
+					enc, err := encoder(level(l))
+					if err != nil {
+						b.Fatal(err)
+					}
+					b.SetBytes(1 << 20)
+					var frame []byte
+					for i := 0; b.Loop(); i++ {
+						frame = enc.encode(data[i<<20%len(data):][:1<<20], frame[:0])
+					}
+					b.ReportMetric(float64(1<<20)/float64(len(frame)), "ratio")
+				})
+			}
+		}
+	}
+}

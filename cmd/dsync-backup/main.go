@@ -139,7 +139,7 @@ in time and bytes proportional to what was written since the last backup.
 EXIT STATUS
   0 done, 1 failed, 10 no repository, 11 cannot lock, 12 wrong password,
   130 interrupted`,
-		Version:       version,
+		Version:       version + " (compresses by " + repo.Encoder + ")",
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
