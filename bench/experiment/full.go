@@ -40,7 +40,7 @@ func (l *lab) measure(ctx context.Context, experiment, what string, round int, t
 		}
 		row := result.Unknown()
 		row.Experiment, row.Case, row.Tool, row.Round, row.Size, row.Dirty = experiment, what, t.tool, round, l.size, l.size
-		row.Seconds, row.SourceCPU, row.Memory = cost.Seconds, cost.CPU, cost.Memory
+		row.Seconds, row.SourceCPU, row.Memory, row.Stolen = cost.Seconds, cost.CPU, cost.Memory, cost.Stolen
 		row.Rate, row.Unit = float64(l.size)/1e6/cost.Seconds, "MB/s"
 		l.bench.Log("  %-16s %-16s %7.2f s  %6.2f CPU s  %5.0f MB/s  %4d MiB of memory", what, t.tool, row.Seconds, row.SourceCPU, row.Rate, row.Memory>>20)
 		if err := l.bench.Add(row); err != nil {
@@ -177,7 +177,7 @@ func (l *lab) modes(ctx context.Context, what string, round int) error {
 			}
 			row := result.Unknown()
 			row.Experiment, row.Case, row.Tool, row.Round, row.Size, row.Dirty = "compression", what, tool+" "+mode, round, l.size, l.size
-			row.Seconds, row.SourceCPU, row.Memory = cost.Seconds, cost.CPU, cost.Memory
+			row.Seconds, row.SourceCPU, row.Memory, row.Stolen = cost.Seconds, cost.CPU, cost.Memory, cost.Stolen
 			row.Rate, row.Unit = float64(l.size)/1e6/cost.Seconds, "MB/s"
 			if row.Stored, err = host.Size(dir); err != nil {
 				return err

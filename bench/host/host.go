@@ -90,6 +90,7 @@ type Cost struct {
 	CPU     float64 // user and system seconds, of its waited-for children too
 	Memory  int64   // peak resident bytes of its largest process
 	Blocks  int64   // bytes that it had read from block devices
+	Stolen  float64 // seconds of all cores together that the hypervisor gave to others meanwhile
 	Stdout  []byte
 }
 
@@ -115,6 +116,7 @@ type Process struct {
 	cmd       *exec.Cmd
 	out, errs bytes.Buffer
 	started   time.Time
+	stolen    float64
 }
 
 // shrink makes this process's own peak of memory small: the kernel counts as a
@@ -144,7 +146,7 @@ func Start(ctx context.Context, c Command) (*Process, error) {
 	if c.Stdout == nil {
 		p.cmd.Stdout = &p.out
 	}
-	p.started = time.Now()
+	p.started, p.stolen = time.Now(), stolen()
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -154,7 +156,7 @@ func Start(ctx context.Context, c Command) (*Process, error) {
 // Wait waits for its end.
 func (p *Process) Wait() (Cost, error) {
 	err := p.cmd.Wait()
-	c := Cost{Seconds: time.Since(p.started).Seconds(), Stdout: p.out.Bytes()}
+	c := Cost{Seconds: time.Since(p.started).Seconds(), Stdout: p.out.Bytes(), Stolen: stolen() - p.stolen}
 	if p.cmd.ProcessState != nil {
 		c.CPU = (p.cmd.ProcessState.UserTime() + p.cmd.ProcessState.SystemTime()).Seconds()
 		if u, ok := p.cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
@@ -165,6 +167,16 @@ func (p *Process) Wait() (Cost, error) {
 		return c, fmt.Errorf("%s: %w: %s%s", strings.Join(p.cmd.Args, " "), err, tail(p.out.String()), tail(p.errs.String()))
 	}
 	return c, nil
+}
+
+// stolen is how many seconds of all cores together the hypervisor has given to others.
+func stolen() float64 {
+	f := strings.Fields(first("/proc/stat")) // cpu user nice system idle iowait irq softirq steal
+	if len(f) < 9 {
+		return 0
+	}
+	ticks, _ := strconv.ParseFloat(f[8], 64)
+	return ticks / 100 // USER_HZ
 }
 
 // Pipe runs two commands, the output of the first being the input of the

@@ -32,16 +32,17 @@ type Row struct {
 	Memory     int64   // peak resident bytes of the source's process
 	Rate       float64 // of what is measured as a rate; Unit says what
 	Unit       string
+	Stolen     float64 // seconds of all cores together that went to other virtual machines meanwhile
 }
 
 // Unknown is a row of which nothing was measured yet.
 func Unknown() Row {
-	return Row{Size: -1, Dirty: -1, Seconds: -1, SourceCPU: -1, OtherCPU: -1, Read: -1, Sent: -1, Stored: -1, Memory: -1, Rate: -1}
+	return Row{Size: -1, Dirty: -1, Seconds: -1, SourceCPU: -1, OtherCPU: -1, Read: -1, Sent: -1, Stored: -1, Memory: -1, Rate: -1, Stolen: -1}
 }
 
 var header = []string{
 	"experiment", "case", "tool", "round", "size_bytes", "dirty_bytes", "seconds", "source_cpu_seconds",
-	"other_cpu_seconds", "read_bytes", "sent_bytes", "stored_bytes", "peak_memory_bytes", "rate", "unit",
+	"other_cpu_seconds", "read_bytes", "sent_bytes", "stored_bytes", "peak_memory_bytes", "rate", "unit", "stolen_seconds",
 }
 
 func (r Row) record() []string {
@@ -59,7 +60,7 @@ func (r Row) record() []string {
 	}
 	return []string{
 		r.Experiment, r.Case, r.Tool, strconv.Itoa(r.Round), n(r.Size), n(r.Dirty), f(r.Seconds), f(r.SourceCPU),
-		f(r.OtherCPU), n(r.Read), n(r.Sent), n(r.Stored), n(r.Memory), f(r.Rate), r.Unit,
+		f(r.OtherCPU), n(r.Read), n(r.Sent), n(r.Stored), n(r.Memory), f(r.Rate), r.Unit, f(r.Stolen),
 	}
 }
 
@@ -83,7 +84,7 @@ func parse(rec []string) (r Row, err error) {
 	r = Row{
 		Experiment: rec[0], Case: rec[1], Tool: rec[2], Round: int(n(rec[3])), Size: n(rec[4]), Dirty: n(rec[5]),
 		Seconds: f(rec[6]), SourceCPU: f(rec[7]), OtherCPU: f(rec[8]), Read: n(rec[9]), Sent: n(rec[10]),
-		Stored: n(rec[11]), Memory: n(rec[12]), Rate: f(rec[13]), Unit: rec[14],
+		Stored: n(rec[11]), Memory: n(rec[12]), Rate: f(rec[13]), Unit: rec[14], Stolen: f(rec[15]),
 	}
 	return r, err
 }
@@ -225,6 +226,7 @@ func Distinct[T cmp.Ordered](s Set, of func(Row) T) []T {
 var (
 	Seconds   = func(r Row) float64 { return r.Seconds }
 	SourceCPU = func(r Row) float64 { return r.SourceCPU }
+	Stolen    = func(r Row) float64 { return r.Stolen }
 	OtherCPU  = func(r Row) float64 { return r.OtherCPU }
 	BytesRead = func(r Row) float64 { return float64(r.Read) }
 	Sent      = func(r Row) float64 { return float64(r.Sent) }
