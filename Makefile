@@ -22,7 +22,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build ./dsync-backup
-	@LDFLAGS="-X main.version=$(VERSION)" tools/static build -o dsync-backup ./cmd/dsync-backup
+	@LDFLAGS="-X main.version=$(VERSION)" tools/static build -trimpath -o dsync-backup ./cmd/dsync-backup
 
 demo: ## as root: track, back up, change and restore a loop device, and show the figures
 	@tools/install demo
