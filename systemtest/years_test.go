@@ -160,17 +160,17 @@ func (y *years) back() {
 // bounds checks I6 of one backup, and that the chain is short.
 func (y *years) bounds(s snapshot.Summary, ranges []kernel.Extent, grown int64) {
 	y.t.Helper()
-	var dirty []byte
+	total := kernel.TotalLength(ranges)
+	dirty := make([]byte, 0, total)
 	for _, e := range ranges {
 		for at := e.Offset; at < e.End(); at += kernel.BlockSize {
 			if n := y.blocks[at/kernel.BlockSize]; n != 0 {
-				dirty = append(dirty, make([]byte, kernel.BlockSize)...)
+				dirty = dirty[:len(dirty)+kernel.BlockSize]
 				y.content(dirty[len(dirty)-kernel.BlockSize:], n)
 			}
 		}
 	}
 	least := compressed(y.t, dirty)
-	total := kernel.TotalLength(ranges)
 	added := s.DataAddedPacked + s.MetadataAddedPacked
 	if s.Changes != snapshot.ChangesRanges || s.DirtyBytes != total {
 		y.t.Fatalf("hour %d: %d bytes were written: %+v", y.hours, total, s)
@@ -254,19 +254,19 @@ func (y *years) gives(id string) {
 // each that no older one has, in device order.
 func (y *years) live() (packed, plain int64) {
 	seen := map[uint32]bool{0: true}
+	data := make([]byte, 0, 16<<20)
 	for _, id := range y.order {
-		var data []byte
 		for _, number := range y.kept[id] {
 			if !seen[number] {
 				seen[number] = true
-				data = append(data, make([]byte, kernel.BlockSize)...)
+				data = data[:len(data)+kernel.BlockSize]
 				y.content(data[len(data)-kernel.BlockSize:], number)
 			}
-			if len(data) == 16<<20 {
+			if len(data) == cap(data) {
 				packed, plain, data = packed+compressed(y.t, data), plain+int64(len(data)), data[:0]
 			}
 		}
-		packed, plain = packed+compressed(y.t, data), plain+int64(len(data))
+		packed, plain, data = packed+compressed(y.t, data), plain+int64(len(data)), data[:0]
 	}
 	return packed, plain
 }
