@@ -33,6 +33,7 @@ ready:
 	@tools/install test
 	@$(MAKE) --no-print-directory $(BUILD)/restic-0.18 $(BUILD)/minio
 	$(GO) vet ./...
+	CGO_ENABLED=0 $(GO) vet ./repo
 	cd bench && $(GO) vet ./...
 
 # The host's tests wait a good deal, for disks and processes: guests have the time meanwhile.

@@ -14,8 +14,8 @@ import (
 // Encoder says what compresses.
 const Encoder = "zstd's reference implementation"
 
-// cEncoder is zstd's reference implementation, in C: about twice as fast as what there is in
-// Go, and no larger (TestTheEncodersAgree). It only ever writes frames. Each of them is read
+// cEncoder is zstd's reference implementation, in C: faster than what there is in Go
+// (BenchmarkEncoders), and no larger (TestTheEncodersAgree). It only ever writes frames. Each of them is read
 // again, in Go, before it is stored; what comes from a store never gets here.
 type cEncoder struct {
 	level int
@@ -23,8 +23,7 @@ type cEncoder struct {
 }
 
 func newEncoder(l level) (encoder, error) {
-	e := &cEncoder{[levels]int{1, 3, 7, 12}[l], make(chan zstd.Ctx, runtime.GOMAXPROCS(0))}
-	return e, nil
+	return &cEncoder{[levels]int{1, 3, 7, 12}[l], make(chan zstd.Ctx, runtime.GOMAXPROCS(0))}, nil
 }
 
 func (e *cEncoder) encode(plain, dst []byte) []byte {

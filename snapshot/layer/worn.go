@@ -24,9 +24,9 @@ type WornOptions struct {
 }
 
 // Worn lists the ranges of the device, sorted and in whole blocks, whose data
-// lie in blobs of which little is live any more: of those with the least live, those of
-// what has settled last, as much as the budget allows. With these ranges stored anew, the layers need
-// less of such blobs, or nothing at all.
+// lie in blobs of which little is live any more: of those with the least live, and of what
+// has settled last, as much as the budget allows. With these ranges stored anew, the layers
+// need less of such blobs, or nothing at all.
 //
 // What is live is what the layers give together. They are to be the newest of
 // a chain: then nothing overrides what they give. It reads their indexes and
