@@ -154,6 +154,9 @@ func (l *lab) round(ctx context.Context, experiment, what string, round int, dir
 		if err := l.fresh(); err != nil {
 			return err
 		}
+		if err := l.rest(ctx); err != nil {
+			return err
+		}
 		if err := t.Sync(ctx, &row); err != nil {
 			return fmt.Errorf("%s: %w", t.Name(), err)
 		}
@@ -185,6 +188,15 @@ func (l *lab) fresh() error {
 		}
 	}
 	return nil
+}
+
+// rest lets the disk come to rest.
+func (l *lab) rest(ctx context.Context) error {
+	rested, err := host.AwaitRest(ctx, l.Dir)
+	if err == nil && !rested {
+		l.bench.Log("  the disk does not come to rest; what follows is told too slow")
+	}
+	return err
 }
 
 // write writes new content to a share of the device's blocks.

@@ -34,6 +34,9 @@ func (l *lab) measure(ctx context.Context, experiment, what string, round int, t
 				return err
 			}
 		}
+		if err := l.rest(ctx); err != nil {
+			return err
+		}
 		cost, err := host.Run(ctx, t.cmd)
 		if err != nil {
 			return err
@@ -168,7 +171,7 @@ func (l *lab) modes(ctx context.Context, what string, round int) error {
 			if tool != "dsync-backup" {
 				args = []string{l.Restic, "-q", "backup", l.Disk.File}
 			}
-			if err := l.fresh(); err != nil {
+			if err := errors.Join(l.fresh(), l.rest(ctx)); err != nil {
 				return err
 			}
 			cost, err := host.Run(ctx, host.Command{Args: args, Env: env})

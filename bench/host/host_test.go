@@ -37,6 +37,25 @@ func TestMemoryIsTheCommandsOwn(t *testing.T) {
 	}
 }
 
+// Waiting for the disk leaves nothing behind, and what goes wrong is told.
+func TestAwaitRest(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := AwaitRest(t.Context(), dir); err != nil {
+		t.Error(err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Error(left, err)
+	}
+	if _, err := AwaitRest(t.Context(), filepath.Join(dir, "missing")); err == nil {
+		t.Error("a folder that is not there has come to rest")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if rested, err := AwaitRest(ctx, dir); rested || err == nil {
+		t.Error(rested, err)
+	}
+}
+
 func TestAFailedCommandSaysWhatItPrinted(t *testing.T) {
 	_, err := Run(context.Background(), Command{Args: []string{"sh", "-c", "echo because >&2; exit 3"}})
 	if err == nil || !strings.Contains(err.Error(), "because") {
