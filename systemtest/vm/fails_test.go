@@ -33,6 +33,11 @@ var meantToFail = map[string]struct {
 	}},
 	"Ended": {`the guest ended before the test did`, func(_ *testing.T, m *Machine) { m.Try("poweroff", "-f"); <-m.dead }},
 	"Hangs": {`no end after 2s; the kernel's log shows what is blocked.*sysrq: Show Blocked State`, hang},
+	"Trapped": {`did not end.*Oops: int3: 0000`, func(_ *testing.T, m *Machine) {
+		m.GoTest(samplePackage, Tests{Run: "TestDiesOnce", Env: []string{
+			"SAMPLE_DISK=" + m.Device("mark"), "SAMPLE_LOG=" + strings.Replace(lost, "2f 0f <1f>", "2f cc <1f>", 1),
+		}})
+	}},
 	"Parts": {``, func(t *testing.T, m *Machine) {
 		for name, part := range partsMeantToFail {
 			t.Run(name, func(t *testing.T) { part.scenario(t, m.In(t)) })
@@ -71,7 +76,7 @@ func TestMeantToFail(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, c := range meantToFail {
-		t.Run(name, func(t *testing.T) { c.scenario(t, Start(t, k, Config{})) })
+		t.Run(name, func(t *testing.T) { c.scenario(t, Start(t, k, Config{Disks: []Disk{{Name: "mark", Size: 1 << 20}}})) })
 	}
 }
 

@@ -29,7 +29,8 @@ type Tests struct {
 }
 
 // GoTest runs the tests of a package of this project ("./kernel/bpf") in the guest,
-// and shows each as a subtest. No test at all is a failure.
+// and shows each as a subtest. No test at all is a failure. If the guest dies of a fault that
+// is the emulator's (see lostBreakPoint), it is booted again, and they run from the beginning.
 func (m *Machine) GoTest(pkg string, o Tests) {
 	m.t.Helper()
 	t, ok := m.t.(*testing.T)
@@ -43,16 +44,14 @@ func (m *Machine) GoTest(pkg string, o Tests) {
 		o.Timeout *= 10
 		o.Env = append(slices.Clone(o.Env), "SOAK=1")
 	}
-	binary, dir := m.putTests(pkg)
-	args := []string{binary, "-test.v=test2json", "-test.timeout=" + o.Timeout.String()}
-	if o.Run != "" {
-		args = append(args, "-test.run="+o.Run)
-	}
 	var raw bytes.Buffer
-	r := m.Start(Command{
-		Args: append(args, o.Args...), Env: o.Env, Dir: dir,
-		Output: io.MultiWriter(&raw, &progress{t: m.t}), Timeout: o.Timeout + time.Minute,
-	}).Wait()
+	r := m.runTests(pkg, o, &raw)
+	for tries := 1; r.Err != nil && tries < 3 && m.diedOfEmulation(); tries++ {
+		m.t.Logf("run the tests of %s once more: kernel %s died of a break point that the emulation lost", pkg, m.kernel.Name)
+		m.Boot()
+		raw.Reset()
+		r = m.runTests(pkg, o, &raw)
+	}
 	report, err := parseTests(&raw)
 	if err != nil {
 		m.t.Fatal(err)
@@ -66,6 +65,20 @@ func (m *Machine) GoTest(pkg string, o Tests) {
 	case r.Err != nil && !m.t.Failed():
 		m.t.Errorf("%s in the guest: %v\n%s", pkg, r.Err, report.rest.String())
 	}
+}
+
+// runTests runs the tests of a package, and writes what their binary says to raw.
+func (m *Machine) runTests(pkg string, o Tests, raw io.Writer) Result {
+	m.t.Helper()
+	binary, dir := m.putTests(pkg)
+	args := []string{binary, "-test.v=test2json", "-test.timeout=" + o.Timeout.String()}
+	if o.Run != "" {
+		args = append(args, "-test.run="+o.Run)
+	}
+	return m.Start(Command{
+		Args: append(args, o.Args...), Env: o.Env, Dir: dir,
+		Output: io.MultiWriter(raw, &progress{t: m.t}), Timeout: o.Timeout + time.Minute,
+	}).Wait()
 }
 
 // progress logs the end of each test while the others go on.

@@ -3,7 +3,6 @@
 package vm
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -155,22 +154,6 @@ func (m *Machine) Boot() {
 		}
 	}
 }
-
-// brokenEmulation reports whether a boot failed for no fault of its kernel: QEMU itself
-// crashed, or the kernel died or stood still before it ran the agent, and with it anything of
-// ours. It replaces instructions of its text under a break point, and QEMU 7.2's emulation of
-// several processors now and then runs that when it is gone; and sometimes a processor never
-// hears of what another has for it.
-func (m *Machine) brokenEmulation() bool {
-	if m.crashed {
-		return true
-	}
-	b, err := os.ReadFile(m.file(fmt.Sprintf("kernel-%d.log", m.boots)))
-	return os.IsNotExist(err) || err == nil && (!ranInit(b) || bytes.Contains(b, []byte("Oops: int3")))
-}
-
-// ranInit reports whether a kernel's log says that it came to its first program.
-func ranInit(log []byte) bool { return bytes.Contains(log, []byte("Run /init as init process")) }
 
 // boot starts QEMU, with the memory that was saved if there is any.
 func (m *Machine) boot(saved *Memory) (*guest, error) {
