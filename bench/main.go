@@ -104,7 +104,7 @@ func run(ctx context.Context, f flags) (err error) {
 		b.Log("%s: %s", e.Name, e.Does)
 		started, load := time.Now(), host.Load()
 		rows = slices.DeleteFunc(rows, func(r result.Row) bool {
-			return r.Experiment == e.Name && (f.sizes == "" || slices.Contains(scale.Sizes, r.Size) || e.Name != "sync")
+			return (r.Experiment == e.Name || r.Experiment == e.Name+result.Parts) && (f.sizes == "" || slices.Contains(scale.Sizes, r.Size) || e.Name != "sync")
 		})
 		failed := e.Run(ctx, b)
 		b.Log("%s took %.0f s", e.Name, time.Since(started).Seconds())

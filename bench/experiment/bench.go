@@ -61,6 +61,7 @@ var All = []Experiment{
 	{"open", "opening a repository: key derivation", runOpen},
 	{"sync", "all tools, 0.1 % and 1 % of random blocks", runSync},
 	{"fraction", "0 to 100 % updated, random and sequential", runFraction},
+	{"cpu", "processor time for 10 % updated, against what single parts take in the same minute", runCPU},
 	{"full", "full backup and restore, against restic and dd", runFull},
 	{"compression", "modes of compression, on data that compress and on data that do not", runCompression},
 	{"scale", "the same number of blocks on 2 GiB to 4 TiB", runScale},

@@ -20,6 +20,7 @@ type task struct {
 	before func() error
 	cmd    host.Command
 	after  func() error
+	parts  *parts // measured before and after, if set
 }
 
 // measure runs tasks, each round another one first, and hands out their rows.
@@ -37,8 +38,13 @@ func (l *lab) measure(ctx context.Context, experiment, what string, round int, t
 		if err := l.rest(ctx); err != nil {
 			return err
 		}
-		cost, err := host.Run(ctx, t.cmd)
-		if err != nil {
+		var cost host.Cost
+		run := func() (err error) { cost, err = host.Run(ctx, t.cmd); return err }
+		if p := t.parts; p != nil {
+			whole := run
+			run = func() error { return p.around(l.bench, experiment, what, round, whole) }
+		}
+		if err := run(); err != nil {
 			return err
 		}
 		row := result.Unknown()
@@ -98,29 +104,33 @@ func (b *Bench) full(ctx context.Context, size int64) (err error) {
 		_, err := host.Output(ctx, "dd", "if="+l.Disk.File, "of=/dev/null", "bs=1M")
 		return err
 	}
+	single, err := newParts(b.nextSeed())
+	if err != nil {
+		return err
+	}
 	for round := range b.Rounds {
 		if err := l.measure(ctx, "full", "backup", round, []task{
-			{"dsync-backup", anew(ours, ourEnv), host.Command{Args: []string{b.Dsync, "-q", "backup", "--changes", "full", l.Disk.Path}, Env: ourEnv}, nil},
-			{"restic image", anew(theirs, theirEnv), host.Command{Args: []string{b.Restic, "-q", "backup", l.Disk.File}, Env: theirEnv}, nil},
-			{"dd, only reading", nil, host.Command{Args: []string{"dd", "if=" + l.Disk.Path, "of=/dev/null", "bs=1M", "iflag=direct", "status=none"}}, nil},
+			{"dsync-backup", anew(ours, ourEnv), host.Command{Args: []string{b.Dsync, "-q", "backup", "--changes", "full", l.Disk.Path}, Env: ourEnv}, nil, single},
+			{"restic image", anew(theirs, theirEnv), host.Command{Args: []string{b.Restic, "-q", "backup", l.Disk.File}, Env: theirEnv}, nil, nil},
+			{"dd, only reading", nil, host.Command{Args: []string{"dd", "if=" + l.Disk.Path, "of=/dev/null", "bs=1M", "iflag=direct", "status=none"}}, nil, nil},
 		}); err != nil {
 			return err
 		}
 		if err := l.measure(ctx, "full", "restore", round, []task{
-			{"dsync-backup", nil, host.Command{Args: []string{b.Dsync, "-q", "restore", "latest", out}, Env: ourEnv}, check},
+			{"dsync-backup", nil, host.Command{Args: []string{b.Dsync, "-q", "restore", "latest", out}, Env: ourEnv}, check, nil},
 			// restic leaves what it wrote in the page cache.
-			{"restic image", nil, host.Command{Args: []string{"sh", "-c", `"$0" -q restore "latest:$1" --target "$2" && sync "$2/disk"`, b.Restic, l.Dir, out}, Env: theirEnv}, clean},
+			{"restic image", nil, host.Command{Args: []string{"sh", "-c", `"$0" -q restore "latest:$1" --target "$2" && sync "$2/disk"`, b.Restic, l.Dir, out}, Env: theirEnv}, clean, nil},
 			// What dd writes lies in memory, so that it is measured writing.
 			{
 				"dd oflag=direct", inMemory,
 				host.Command{Args: []string{"dd", "if=" + l.Disk.File, "of=" + out, "bs=1M", "oflag=direct", "conv=fsync", "status=none"}},
-				clean,
+				clean, nil,
 			},
 			// The least that a restore asks of a disk that has both.
 			{
 				"dd, and reading the packs", inMemory,
 				host.Command{Args: []string{"sh", "-c", `cat "$0"/data/*/* > /dev/null & dd "if=$1" "of=$2" bs=1M oflag=direct conv=fsync status=none; wait`, ours, l.Disk.File, out}},
-				clean,
+				clean, nil,
 			},
 		}); err != nil {
 			return err

@@ -119,12 +119,23 @@ func single(rows result.Set, part string) float64 {
 	return s.Median * 1e6
 }
 
-// sum is the seconds of one core that SHA-256, zstd and sealing take together
-// for a GiB.
-func sum(rows result.Set) float64 {
-	const g = 1 << 30
-	return g/single(rows, "SHA-256") + g/single(rows, "zstd") + g/single(rows, "AES-CTR and Poly1305, of the compressed")
+// around is the seconds of one core that parts of the work took for a GiB before and after the
+// given round of a case; NaN if they were not measured.
+func around(rows result.Set, experiment, what string, round int, parts ...string) (seconds float64) {
+	for _, part := range parts {
+		s := rows.Select(func(r result.Row) bool {
+			return r.Experiment == experiment+result.Parts && r.Case == what && r.Round == round && r.Tool == part
+		}).Of(func(r result.Row) float64 { return (1 << 30) / (r.Rate * 1e6) })
+		if s.N == 0 {
+			return math.NaN()
+		}
+		seconds += (s.Min + s.Max) / 2
+	}
+	return seconds
 }
+
+// needed are the parts that each byte needs.
+var needed = []string{"SHA-256", "zstd", "AES-CTR and Poly1305, of the compressed"}
 
 // opening is the seconds that opening a repository takes, mostly to derive the
 // key; they are told apart.
@@ -137,16 +148,24 @@ func opening(rows result.Set) float64 {
 func cpu(rows result.Set) []Goal {
 	var out []Goal
 	for _, c := range []struct{ experiment, what, text string }{
-		{"fraction", "random 10 %", "scattered blocks (random 10 %)"},
-		{"fraction", "sequential 10 %", "blocks in a row (sequential 10 %)"},
+		{"cpu", "random 10 %", "scattered blocks (random 10 %)"},
+		{"cpu", "sequential 10 %", "blocks in a row (sequential 10 %)"},
 		{"full", "backup", "full backup"},
 	} {
 		g := Goal{2, "CPU seconds for a GiB of " + c.text + ": at most 1.25 × the sum of SHA-256, zstd, AES and Poly1305", "", Unknown}
-		mine, want := of(rows, c.experiment, c.what, ours), sum(rows)
-		if a := mine.Of(result.SourceCPU); a.N > 0 && !math.IsNaN(want) {
-			have := (a.Median - opening(rows)) / (float64(mine[0].Dirty) / (1 << 30))
-			g.Have = fmt.Sprintf("%.2f × (%.1f s, sum %.1f s; opening the repository, %.2f s, apart)", have/want, have, want, opening(rows))
-			g.Verdict = verdict(have <= 1.25*want)
+		var have, want, ratio []float64
+		for _, r := range of(rows, c.experiment, c.what, ours) {
+			took := (r.SourceCPU - opening(rows)) / (float64(r.Dirty) / (1 << 30))
+			sum := around(rows, c.experiment, c.what, r.Round, needed...)
+			if !math.IsNaN(took / sum) {
+				have, want, ratio = append(have, took), append(want, sum), append(ratio, took/sum)
+			}
+		}
+		if len(ratio) > 0 {
+			s := result.SpreadOf(ratio)
+			g.Have = fmt.Sprintf("%.2f × (%.1f s, sum %.1f s, medians of %d rounds; each round against the sum around it: %.2f to %.2f; opening the repository, %.2f s, apart)",
+				s.Median, result.SpreadOf(have).Median, result.SpreadOf(want).Median, s.N, s.Min, s.Max, opening(rows))
+			g.Verdict = verdict(s.Median <= 1.25)
 		}
 		out = append(out, g)
 	}
@@ -162,16 +181,28 @@ func full(rows result.Set) []Goal {
 		g.Have = fmt.Sprintf("%.2f × (%.0f MB/s, %.0f MB/s) on %s", a.Median/b.Median, a.Median, b.Median, gib(mine[0].Size))
 		g.Verdict = verdict(a.Median >= 1.5*b.Median)
 	}
-	bound := 1e-6 * float64(cores(rows)) * (1 << 30) / (sum(rows) + (1<<30)/single(rows, "chunking"))
-	if a.N > 0 && !math.IsNaN(bound) && bound > 0 {
-		h.Have = fmt.Sprintf("%.0f %% (%.0f MB/s of %.0f MB/s)", 100*a.Median/bound, a.Median, bound)
-		// The sum is of processor time, and so is what the hypervisor leaves.
-		if s := mine.Of(result.Stolen); s.N > 0 && s.Median > 0 {
-			took := s.Median / float64(cores(rows)) / mine.Of(result.Seconds).Median
-			bound *= 1 - took
-			h.Have += fmt.Sprintf("; the hypervisor kept %.0f %% of the cores' time: %.0f %% of what the rest allows", 100*took, 100*a.Median/bound)
+	var bounds, share, left []float64
+	for _, r := range mine {
+		bound := 1e-6 * float64(cores(rows)) * (1 << 30) / around(rows, "full", "backup", r.Round, append([]string{"chunking"}, needed...)...)
+		if math.IsNaN(bound) || bound <= 0 {
+			continue
 		}
-		h.Verdict = verdict(a.Median >= 0.9*bound)
+		bounds, share = append(bounds, bound), append(share, r.Rate/bound)
+		// The sum is of processor time, and so is what the hypervisor leaves.
+		stolen := 0.0
+		if r.Stolen > 0 {
+			stolen = r.Stolen / float64(cores(rows)) / r.Seconds
+		}
+		left = append(left, r.Rate/bound/(1-stolen))
+	}
+	if len(share) > 0 {
+		s, l := result.SpreadOf(share), result.SpreadOf(left)
+		h.Have = fmt.Sprintf("%.0f %% (%.0f MB/s of %.0f MB/s, medians; each round against the sum around it: %.0f to %.0f %%)",
+			100*s.Median, a.Median, result.SpreadOf(bounds).Median, 100*s.Min, 100*s.Max)
+		if l.Median > s.Median {
+			h.Have += fmt.Sprintf("; %.0f %% of what the hypervisor left of the cores", 100*l.Median)
+		}
+		h.Verdict = verdict(l.Median >= 0.9)
 	}
 	return []Goal{g, h}
 }

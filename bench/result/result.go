@@ -35,6 +35,9 @@ type Row struct {
 	Stolen     float64 // seconds of all cores together that went to other virtual machines meanwhile
 }
 
+// Parts ends the experiment's name in rows that say what single parts of the work took around it.
+const Parts = ", parts"
+
 // Unknown is a row of which nothing was measured yet.
 func Unknown() Row {
 	return Row{Size: -1, Dirty: -1, Seconds: -1, SourceCPU: -1, OtherCPU: -1, Read: -1, Sent: -1, Stored: -1, Memory: -1, Rate: -1, Stolen: -1}
@@ -200,6 +203,11 @@ func (s Set) Of(number func(Row) float64) Spread {
 			v = append(v, x)
 		}
 	}
+	return SpreadOf(v)
+}
+
+// SpreadOf gives the spread of numbers, which it sorts.
+func SpreadOf(v []float64) Spread {
 	if len(v) == 0 {
 		return Spread{Median: -1, Min: -1, Max: -1}
 	}
