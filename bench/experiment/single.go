@@ -31,15 +31,19 @@ func cpuTime() time.Duration {
 
 // parts are what a backup has to do with each byte, each to be measured alone.
 type parts struct {
-	data  []byte
-	names []string
-	run   map[string]func() // goes over data once
-	err   error             // of decompression
+	data []byte
+	all  []part
+	err  error // of decompression
+}
+
+type part struct {
+	name string
+	run  func() // goes over the data once
 }
 
 func newParts(seed uint64) (*parts, error) {
 	const blob = 1 << 20
-	p := &parts{data: make([]byte, 32*blob), run: map[string]func(){}}
+	p := &parts{data: make([]byte, 32*blob)}
 	content.New(seed, true).Fill(p.data)
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderCRC(false), zstd.WithWindowSize(blob), zstd.WithEncoderConcurrency(1))
 	if err != nil {
@@ -56,12 +60,11 @@ func newParts(seed uint64) (*parts, error) {
 		frames = append(frames, enc.EncodeAll(p.data[i:i+blob], nil))
 	}
 	each := func(name string, fn func(b []byte, i int)) {
-		p.names = append(p.names, name)
-		p.run[name] = func() {
+		p.all = append(p.all, part{name, func() {
 			for i := 0; i < len(p.data); i += blob {
 				fn(p.data[i:i+blob], i/blob)
 			}
-		}
+		}})
 	}
 	each("SHA-256", func(b []byte, _ int) { sha256.Sum256(b) })
 	each("zstd", func(b []byte, _ int) { out = enc.EncodeAll(b, out[:0]) })
@@ -88,20 +91,20 @@ func newParts(seed uint64) (*parts, error) {
 // core and blobs of 1 MiB.
 func (p *parts) measure(b *Bench, experiment, what string, round int) error {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
-	for _, name := range p.names {
+	for _, part := range p.all {
 		// CPU time, of which nobody else on the machine can take any.
 		start, times := cpuTime(), 0
 		for cpuTime()-start < 300*time.Millisecond {
-			p.run[name]()
+			part.run()
 			times++
 		}
 		row := result.Unknown()
-		row.Experiment, row.Case, row.Tool, row.Round = experiment, what, name, round
+		row.Experiment, row.Case, row.Tool, row.Round = experiment, what, part.name, round
 		row.Rate, row.Unit = float64(times*len(p.data))/(cpuTime()-start).Seconds()/1e6, "MB/s"
 		if err := b.Add(row); err != nil {
 			return err
 		}
-		b.Log("  %-40s %8.0f MB/s", name, row.Rate)
+		b.Log("  %-40s %8.0f MB/s", part.name, row.Rate)
 	}
 	return p.err
 }
