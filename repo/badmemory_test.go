@@ -52,3 +52,25 @@ func TestBadMemoryIsNoticedBeforeABlobIsStored(t *testing.T) {
 		w.Abort()
 	}
 }
+
+// The same for what a prune packs anew: the text that it read, checked and seals as it is.
+func TestBadMemoryIsNoticedBeforeABlobIsPackedAnew(t *testing.T) {
+	rng := newRand(t)
+	r, _ := newRepo(t, Options{})
+	w := r.NewWriter(t.Context(), WriterOptions{})
+	defer w.Abort()
+	for range 20 {
+		data := bytes.Repeat(randomBytes(rng, 1+rng.IntN(5000)), 1+rng.IntN(50))
+		b := BlobLocation{Handle: BlobHandle{Type: DataBlob, ID: Hash(data)}, UncompressedLength: uint32(len(data))}
+		text := r.codec.enc.file(data, nil)
+		good := &blobText{data: text, sum: plainSum(text)}
+		if err := w.storeText(t.Context(), KindData, b, good, len(data)); err != nil {
+			t.Fatal(err)
+		}
+		bad := &blobText{data: bytes.Clone(text), sum: good.sum}
+		bad.data[rng.IntN(len(text))] ^= 1 << rng.IntN(8)
+		if err := w.storeText(t.Context(), KindData, b, bad, len(data)); err == nil || !strings.Contains(err.Error(), "bad memory") {
+			t.Fatalf("text of %d bytes that changed was stored: %v", len(text), err)
+		}
+	}
+}

@@ -119,18 +119,11 @@ func (c *codec) checkBlob(w *scratch, b pack.Blob, sum uint32, hash bool) error 
 // openBlob checks and decodes a stored blob. The plaintext is a part of sealed,
 // which it overwrites, or lies in dst's memory or in new memory.
 func (c *codec) openBlob(dst []byte, b pack.Blob, sealed []byte) ([]byte, error) {
-	_, plain, err := c.openText(dst, b, sealed)
-	return plain, err
-}
-
-// openText is openBlob that also gives the text between sealing and
-// compression, a part of sealed: the plaintext itself if it is not compressed.
-func (c *codec) openText(dst []byte, b pack.Blob, sealed []byte) (text, plain []byte, err error) {
-	if text, err = c.key.OpenInPlace(sealed); err != nil {
-		return nil, nil, err
+	text, err := c.key.OpenInPlace(sealed)
+	if err != nil {
+		return nil, err
 	}
-	plain, err = c.decode(dst, b, text)
-	return text, plain, err
+	return c.decode(dst, b, text)
 }
 
 // decode decompresses a blob's text, if it is compressed, and compares it with

@@ -3,7 +3,6 @@
 package repo
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 
@@ -23,7 +22,7 @@ func (w *Writer) CopyBlobs(ctx context.Context, from ID, blobs []BlobLocation, k
 	if err := w.Err(); err != nil {
 		return fmt.Errorf("copy blobs: %w", err)
 	}
-	err := w.repo.readPack(ctx, from, blobs, func(b BlobLocation, text, plain []byte, err error) error {
+	err := w.repo.readPackTexts(ctx, from, blobs, func(b BlobLocation, text *blobText, plain []byte, err error) error {
 		switch {
 		case err != nil:
 			return err
@@ -45,8 +44,10 @@ func (w *Writer) CopyBlobs(ctx context.Context, from ID, blobs []BlobLocation, k
 	return nil
 }
 
-// storeText seals and packs the text of a blob that has been checked.
-func (w *Writer) storeText(ctx context.Context, kind Kind, b BlobLocation, text []byte, plainSize int) error {
+// storeText seals and packs the text of a blob that has been checked. What it sealed is opened
+// again and compared with the sum that the text had before the check, so that a bit which flips
+// at any time after that is noticed.
+func (w *Writer) storeText(ctx context.Context, kind Kind, b BlobLocation, text *blobText, plainSize int) error {
 	s := w.scratch.Get().(*scratch)
 	defer func() {
 		if cap(s.sealed) <= maxScratch {
@@ -54,10 +55,14 @@ func (w *Writer) storeText(ctx context.Context, kind Kind, b BlobLocation, text 
 		}
 	}()
 	key := w.repo.codec.key
-	s.sealed = key.Seal(grow(s.sealed, len(text)+crypto.Overhead)[:0], text)
-	s.compressed = append(s.compressed[:0], s.sealed...)
-	if again, err := key.OpenInPlace(s.compressed); err != nil || !bytes.Equal(again, text) {
-		return fmt.Errorf("check %s before storing it (bad memory?): it decrypts to something else", b.Handle)
+	s.sealed = key.Seal(grow(s.sealed, len(text.data)+crypto.Overhead)[:0], text.data)
+	again, err := key.Open(s.compressed[:0], s.sealed)
+	if err != nil {
+		return fmt.Errorf("check %s before storing it (bad memory?): %w", b.Handle, err)
+	}
+	s.compressed = again
+	if plainSum(again) != text.sum {
+		return fmt.Errorf("check %s before storing it (bad memory?): what was sealed is not what was read", b.Handle)
 	}
 	if err := w.packers[kind].add(ctx, b.Handle, s.sealed, int(b.UncompressedLength)); err != nil {
 		return fmt.Errorf("save %s: %w", b.Handle, err)

@@ -26,14 +26,21 @@ const maxGap = 128 << 10
 // done. Memory: the largest of the blobs, as stored and as plaintext. blobs is
 // sorted in place.
 func (r *Repository) LoadPackBlobs(ctx context.Context, id ID, blobs []BlobLocation, fn func(BlobHandle, []byte, error) error) error {
-	return r.readPack(ctx, id, blobs, func(b BlobLocation, _, plain []byte, err error) error { return fn(b.Handle, plain, err) })
+	p := &packReader{repo: r, id: id, fn: func(b BlobLocation, _ *blobText, plain []byte, err error) error {
+		return fn(b.Handle, plain, err)
+	}}
+	return p.read(ctx, blobs)
 }
 
-// readPack is LoadPackBlobs for an fn that also gets the text as it was before
+// readPackTexts is LoadPackBlobs for an fn that also gets the text as it was before
 // it was sealed; nil if the blob came from another pack.
-func (r *Repository) readPack(ctx context.Context, id ID, blobs []BlobLocation, fn packFunc) error {
+func (r *Repository) readPackTexts(ctx context.Context, id ID, blobs []BlobLocation, fn packFunc) error {
+	p := &packReader{repo: r, id: id, fn: fn, texts: true}
+	return p.read(ctx, blobs)
+}
+
+func (p *packReader) read(ctx context.Context, blobs []BlobLocation) error {
 	slices.SortFunc(blobs, func(a, b BlobLocation) int { return cmp.Compare(a.Offset, b.Offset) })
-	p := &packReader{repo: r, id: id, fn: fn}
 	for len(blobs) > 0 {
 		n := spanLength(blobs)
 		if err := p.readSpan(ctx, blobs[:n]); err != nil {
@@ -56,12 +63,20 @@ func spanLength(blobs []BlobLocation) int {
 	return len(blobs)
 }
 
-type packFunc func(b BlobLocation, text, plain []byte, err error) error
+type packFunc func(b BlobLocation, text *blobText, plain []byte, err error) error
+
+// blobText is a blob between compression and sealing: the plaintext itself if it is
+// not compressed.
+type blobText struct {
+	data []byte
+	sum  uint32 // plainSum of the data before they were decoded and compared with the ID
+}
 
 type packReader struct {
 	repo          *Repository
 	id            ID
 	fn            packFunc
+	texts         bool // fn wants them
 	sealed, plain []byte
 }
 
@@ -112,7 +127,7 @@ func (p *packReader) deliver(ctx context.Context, b BlobLocation) error {
 	if b.Compressed() {
 		p.plain = grow(p.plain, int(b.UncompressedLength))
 	}
-	text, plain, err := p.repo.codec.openText(p.plain, b, p.sealed)
+	text, plain, err := p.open(b)
 	if err == nil {
 		return p.fn(b, text, plain, nil)
 	}
@@ -123,6 +138,21 @@ func (p *packReader) deliver(ctx context.Context, b BlobLocation) error {
 		return p.fn(b, nil, plain, nil)
 	}
 	return p.elsewhere(ctx, b, err)
+}
+
+func (p *packReader) open(b BlobLocation) (text *blobText, plain []byte, err error) {
+	c := p.repo.codec
+	if !p.texts {
+		plain, err = c.openBlob(p.plain, b, p.sealed)
+		return nil, plain, err
+	}
+	data, err := c.key.OpenInPlace(p.sealed)
+	if err != nil {
+		return nil, nil, err
+	}
+	text = &blobText{data: data, sum: plainSum(data)}
+	plain, err = c.decode(p.plain, b, data)
+	return text, plain, err
 }
 
 // elsewhere looks in other packs for a blob that this one did not give, for
