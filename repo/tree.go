@@ -138,7 +138,7 @@ func (r *Repository) LoadTree(ctx context.Context, id ID) (*Tree, error) {
 	}
 	t, err := DecodeTree(data)
 	if err != nil {
-		return nil, fmt.Errorf("load tree %s: %w", id.Str(), err)
+		return nil, fmt.Errorf("load tree %s: %w: %w", id.Str(), ErrDamaged, err)
 	}
 	return t, nil
 }

@@ -35,7 +35,18 @@ type chain struct {
 	absent map[repo.ID]int64 // size of the packs that are needed and cut; -1 if one is missing
 }
 
+// openChain opens the layers, those that can be read where some are damaged: what is lost by
+// that, check tells.
 func openChain(ctx context.Context, store snapshot.Store, d snapshot.Device) (*chain, error) {
+	layers, err := layer.OpenDamaged(ctx, store, d.Manifest.Layers, isDamage)
+	if err != nil {
+		return nil, err
+	}
+	return &chain{store: store, device: d, layers: layers}, nil
+}
+
+// openWhole opens the layers, and any damage to them is an error, here or on the way.
+func openWhole(ctx context.Context, store snapshot.Store, d snapshot.Device) (*chain, error) {
 	layers, err := layer.Open(ctx, store, d.Manifest.Layers)
 	if err != nil {
 		return nil, err
@@ -47,7 +58,7 @@ func (c *chain) size() int64 { return c.device.Manifest.Size }
 
 func (c *chain) merger() *layer.Merger { return layer.NewMerger(c.store, c.layers, c.size()) }
 
-// sums is what a compare scan expects of the first size bytes.
+// sums is what a compare scan expects.
 func (c *chain) sums(ctx context.Context) *layer.Sums {
 	return layer.NewSums(ctx, c.store, c.layers, c.size(), c.size())
 }
@@ -76,8 +87,8 @@ func segments(p layer.Piece, fn func(repo.ID, segment) error) error {
 }
 
 // walk calls fn for every segment of the device, once for a blob's neighbouring
-// segments as far as it remembers, and missing for what no layer has.
-func (c *chain) walk(ctx context.Context, once bool, fn func(repo.ID, segment) error, missing func(kernel.Extent)) error {
+// segments as far as it remembers, and missing for what no layer has, and why.
+func (c *chain) walk(ctx context.Context, once bool, fn func(repo.ID, segment) error, missing func(kernel.Extent, error)) error {
 	m := c.merger()
 	seen := map[repo.ID]bool{}
 	for {
@@ -89,7 +100,7 @@ func (c *chain) walk(ctx context.Context, once bool, fn func(repo.ID, segment) e
 			return err
 		}
 		if p.Missing {
-			missing(kernel.Extent{Offset: p.Offset, Length: p.Length})
+			missing(kernel.Extent{Offset: p.Offset, Length: p.Length}, whyMissing(p))
 		}
 		if p.Missing || p.Zero {
 			continue
@@ -115,55 +126,55 @@ func (c *chain) walk(ctx context.Context, once bool, fn func(repo.ID, segment) e
 	}
 }
 
-// check finds all damage that shows without reading data: a part that does not
+// check finds all damage that shows without reading data: a layer or a part that does not
 // open, a range that no layer has, a blob that is in no index, a pack that is
 // not in the store or too short. It reads the chain's indexes, asks the store
-// for its packs, and fetches no data. Damage is a [DamageError] or another
-// [layer.ErrDamaged].
+// for its packs, and fetches no data. Damage is a [DamageError]. Sums are not looked at.
 func (c *chain) check(ctx context.Context) error {
 	packs := map[repo.ID]int64{} // the least size that each must have
-	gone := rangeSet{size: c.size()}
+	gone, cause := rangeSet{size: c.size()}, error(nil)
+	lose := func(e kernel.Extent, why error) {
+		if gone.add(e); cause == nil {
+			cause = why
+		}
+	}
+	unlisted := false
 	err := c.walk(ctx, true, func(id repo.ID, _ segment) error {
-		for _, l := range c.store.Locations(dataBlob(id)) {
+		places := c.store.Locations(dataBlob(id))
+		unlisted = unlisted || len(places) == 0
+		for _, l := range places {
 			packs[l.Pack] = max(packs[l.Pack], int64(l.Offset)+int64(l.Length))
 		}
 		return nil
-	}, gone.add)
+	}, lose)
 	if err != nil {
 		return err
-	}
-	if r := gone.list(); len(r) > 0 {
-		// Salvage goes on all the same, and must know of absent packs too.
-		if c.absent, err = absentPacks(ctx, c.store.Backend(), packs); err != nil {
-			return err
-		}
-		return &DamageError{r, errMissing}
 	}
 	if c.absent, err = absentPacks(ctx, c.store.Backend(), packs); err != nil {
 		return err
 	}
-	if len(c.absent) == 0 {
-		return nil
-	}
-	// Another copy may do.
-	cause := errors.New("their blobs are in no index")
-	named := false
-	err = c.walk(ctx, false, func(id repo.ID, s segment) error {
-		if len(c.locations(id)) == 0 {
-			gone.add(s.extent())
-			if all := c.store.Locations(dataBlob(id)); !named && len(all) > 0 {
-				named, cause = true, fmt.Errorf("pack %s, which the index lists, is missing or too short", all[0].Pack.Str())
+	if unlisted || len(c.absent) > 0 {
+		err := c.walk(ctx, false, func(id repo.ID, s segment) error {
+			if len(c.locations(id)) == 0 { // no other copy either
+				lose(s.extent(), c.whyLost(id))
 			}
+			return nil
+		}, func(kernel.Extent, error) {})
+		if err != nil {
+			return err
 		}
-		return nil
-	}, gone.add)
-	if err != nil {
-		return err
 	}
 	if r := gone.list(); len(r) > 0 {
 		return &DamageError{r, cause}
 	}
 	return nil
+}
+
+func (c *chain) whyLost(id repo.ID) error {
+	if all := c.store.Locations(dataBlob(id)); len(all) > 0 {
+		return fmt.Errorf("pack %s, which the index lists, is missing or too short", all[0].Pack.Str())
+	}
+	return fmt.Errorf("blob %s is in no index", id.Str())
 }
 
 // locations is where a blob can be fetched from.
@@ -183,6 +194,14 @@ func (c *chain) locations(id repo.ID) []repo.Location {
 
 // errMissing is why a range that no layer describes cannot be given.
 var errMissing = errors.New("no layer has them")
+
+// whyMissing is why a piece that is missing is.
+func whyMissing(p layer.Piece) error {
+	if p.Lost != nil {
+		return p.Lost
+	}
+	return errMissing
+}
 
 func dataBlob(id repo.ID) repo.BlobHandle { return repo.BlobHandle{Type: repo.DataBlob, ID: id} }
 

@@ -134,7 +134,7 @@ func (d *dump) read(ctx context.Context) error {
 	b := &builder{lim: d.limits, size: d.chain.size(), emit: func(w *window) error { return d.stage(ctx, w) }}
 	if d.Salvage {
 		b.gaps = true
-		b.missing = func(e kernel.Extent) { _ = d.lose(errMissing, e) } // it may be left out
+		b.missing = func(e kernel.Extent, why error) { _ = d.lose(why, e) } // it may be left out
 	}
 	for {
 		p, err := m.Next(ctx)

@@ -209,7 +209,7 @@ func (r *restore) transfer(ctx context.Context, cancel context.CancelCauseFunc) 
 			}
 		}}
 		if r.Salvage {
-			b.missing = func(e kernel.Extent) { r.lose(e, errMissing) }
+			b.missing = r.lose
 		}
 		if err := r.plan(ctx, b); err != nil {
 			cancel(err)
@@ -239,8 +239,10 @@ func (r *restore) plan(ctx context.Context, b *builder) error {
 		return err
 	}
 	key := blocksum.Key(r.Device.Manifest.SumKey)
+	expected := r.chain.sums(ctx)
+	expected.Damaged = isDamage // what has no sums is written
 	c := &scan{
-		device: d, size: r.chain.size(), key: &key, expected: r.chain.sums(ctx), parallel: r.Parallel,
+		device: d, size: r.chain.size(), key: &key, expected: expected, parallel: r.Parallel,
 		found: func(e kernel.Extent, same bool) error {
 			if same {
 				r.result.BytesSkipped += e.Length

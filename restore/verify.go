@@ -25,7 +25,7 @@ type VerifyOptions struct {
 // indexes and sums, and no data. What the target lacks at its end differs;
 // what it has beyond the snapshot's size is not looked at.
 func Verify(ctx context.Context, store snapshot.Store, o VerifyOptions) ([]kernel.Extent, error) {
-	c, err := openChain(ctx, store, o.Device)
+	c, err := openWhole(ctx, store, o.Device)
 	if err != nil {
 		return nil, fmt.Errorf("verify: open snapshot %s: %w", o.Device.Snapshot.Str(), err)
 	}

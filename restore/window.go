@@ -57,17 +57,17 @@ type builder struct {
 	w    *window
 	emit func(*window) error
 	// missing, if set, is told of what no layer has, which is else an error.
-	missing func(kernel.Extent)
+	missing func(kernel.Extent, error)
 	gaps    bool // put zeros where nothing is known
 }
 
 // add adds the next piece, which begins at a whole block.
 func (b *builder) add(p layer.Piece) error {
 	if p.Missing && b.missing == nil { // a check has excluded that
-		return &DamageError{[]kernel.Extent{{Offset: p.Offset, Length: p.Length}}, errMissing}
+		return &DamageError{[]kernel.Extent{{Offset: p.Offset, Length: p.Length}}, whyMissing(p)}
 	}
 	if p.Missing {
-		b.missing(kernel.Extent{Offset: p.Offset, Length: p.Length})
+		b.missing(kernel.Extent{Offset: p.Offset, Length: p.Length}, whyMissing(p))
 		if !b.gaps {
 			return nil
 		}

@@ -190,8 +190,9 @@ func (m *mixed) salvage(what string, c checked, touched, salvaged *int) {
 		}
 		*touched++
 		if _, err := os.Stat(to); err != nil {
-			if res.code != 1 { // metadata are damaged: refused
-				m.t.Fatalf("%s: %+v", what, res)
+			size := int64(len(readAll(m.t, truth)))
+			if n := kernel.TotalLength(lost); res.code != 1 || n > 0 && n < size { // only where nothing is left
+				m.t.Fatalf("%s: snapshot %s is refused, and %d of %d bytes are lost: %+v", what, id[:8], n, size, res)
 			}
 			continue
 		}

@@ -28,6 +28,9 @@ type Sums struct {
 	ctx   context.Context //nolint:containedctx // an iterator's, used only while one Write runs
 	m     *Merger
 	piece Piece
+	// Damaged, if set, tells errors by which sums are lost. What these are sums of is
+	// then never as expected, and neither is what cannot be read of the layers.
+	Damaged func(error) bool
 }
 
 // NewSums expects what the layers hold of a device that had before bytes and
@@ -49,7 +52,10 @@ func (s *Sums) seek(off int64) error {
 			return nil
 		}
 		var err error
-		if s.piece, err = s.m.Next(s.ctx); err != nil {
+		if s.piece, err = s.m.Next(s.ctx); err == nil && s.Damaged == nil {
+			err = s.piece.Lost
+		}
+		if err != nil {
 			return fmt.Errorf("read sums: %w", err)
 		}
 	}
@@ -66,7 +72,10 @@ func (s *Sums) Same(off int64, zero bool, sum uint64) (bool, error) {
 		return zero && p.Zero && !p.Missing, nil
 	}
 	want, err := s.sum(p, p.Sum+(off-p.Offset)/kernel.BlockSize)
-	return want == sum, err
+	if err != nil && s.Damaged != nil && s.Damaged(err) {
+		return false, nil
+	}
+	return want == sum && err == nil, err
 }
 
 // Zeros implements Expected.
@@ -91,18 +100,26 @@ func (s *Sums) sum(p *Piece, i int64) (uint64, error) {
 func (p *Piece) sums(ctx context.Context, from Loader, off int64) ([]byte, error) {
 	c := p.cursor
 	if c.sumsPart != p.Part || off < c.sumsFrom || off >= c.sumsFrom+int64(len(c.sums)) {
+		if p.Part.noSums != nil {
+			return nil, fmt.Errorf("part at %d has no sums: %w", p.Part.Index.Start, p.Part.noSums)
+		}
 		if len(p.Part.sums.Blobs) == 0 {
 			return nil, fmt.Errorf("%w: part at %d has no sums", ErrDamaged, p.Part.Index.Start)
+		}
+		if c.sumsErr != nil && c.sumsPart == p.Part && off >= c.sumsFrom && off < c.sumsEnd {
+			return nil, c.sumsErr // it need not be asked for once for each sum
 		}
 		blob, in, left := p.Part.sums.Locate(off)
 		b, err := from.LoadMeta(ctx, p.Part.sums.Blobs[blob])
 		if err != nil {
-			return nil, fmt.Errorf("read sums: %w", err)
+			c.sums, c.sumsPart, c.sumsFrom, c.sumsEnd = nil, p.Part, off-in, off+left
+			c.sumsErr = fmt.Errorf("read sums: %w", err)
+			return nil, c.sumsErr
 		}
 		if left < blocksum.Size || int64(len(b)) < in+blocksum.Size {
 			return nil, fmt.Errorf("%w: sums of part at %d are cut", ErrDamaged, p.Part.Index.Start)
 		}
-		c.sums, c.sumsPart, c.sumsFrom = b, p.Part, off-in
+		c.sums, c.sumsPart, c.sumsFrom, c.sumsErr = b, p.Part, off-in, nil
 	}
 	return c.sums[off-c.sumsFrom:], nil
 }

@@ -15,8 +15,10 @@ import (
 type Piece struct {
 	Offset, Length int64
 
-	// Missing ranges are in no layer: the snapshot is not complete there.
+	// Missing ranges are in no layer: the snapshot is not complete there. Lost is
+	// set if a layer may have had them that cannot be read, and says why not.
 	Missing bool
+	Lost    error
 	Zero    bool
 
 	// Of the others, Data is the offset in Part's data file, and Sum the
@@ -67,7 +69,9 @@ func (m *Merger) Next(ctx context.Context) (Piece, error) {
 			continue
 		}
 		p := Piece{Offset: m.pos, Length: min(limit, e.End()) - m.pos, Zero: e.Zero, Part: c.part, cursor: c}
-		if !e.Zero {
+		if c.lost != nil {
+			p.Missing, p.Lost = true, c.lost
+		} else if !e.Zero {
 			skip := m.pos - e.Offset
 			p.Data, p.Sum = e.Data+skip, c.sum+skip/kernel.BlockSize
 		}
@@ -87,9 +91,14 @@ type cursor struct {
 	ext   int   // in the part
 	sum   int64 // blocks with data in the extents before ext
 
+	lost error             // why the part, or the layer, cannot be read
+	gap  blockindex.Extent // what it may have had then
+
 	sums     []byte // a blob of the part's sums file, and where it starts
 	sumsPart *Part
 	sumsFrom int64
+	sumsErr  error // why that blob cannot be had; then sumsEnd is its end
+	sumsEnd  int64
 }
 
 // end stands for the extent behind the last one.
@@ -99,7 +108,13 @@ var end = blockindex.Extent{Offset: 1<<63 - 1}
 // part that need not be opened yet. pos never decreases.
 func (c *cursor) seek(ctx context.Context, from Loader, pos int64) (blockindex.Extent, error) {
 	for {
-		if c.part != nil {
+		if c.lost == nil && c.layer.lost != nil {
+			c.lost, c.gap = c.layer.lost, blockindex.Extent{Length: end.Offset}
+		}
+		if c.lost != nil && c.gap.End() > pos {
+			return c.gap, nil
+		}
+		if c.lost = nil; c.part != nil {
 			for x := c.part.Index.Extents; c.ext < len(x); c.ext++ {
 				e := x[c.ext]
 				if e.End() > pos {
@@ -120,10 +135,17 @@ func (c *cursor) seek(ctx context.Context, from Loader, pos int64) (blockindex.E
 		if parts[next].start > pos {
 			return blockindex.Extent{Offset: parts[next].start}, nil
 		}
-		p, err := openPart(ctx, from, parts[next])
-		if err != nil {
+		p, err := openDamagedPart(ctx, from, parts[next], c.layer.damaged != nil)
+		if err != nil && (c.layer.damaged == nil || !c.layer.damaged(err)) {
 			return end, err
 		}
 		c.at, c.part, c.ext, c.sum = next, p, 0, 0
+		if err != nil {
+			// It had some of what lies up to the next part.
+			c.lost, c.gap = err, blockindex.Extent{Offset: parts[next].start, Length: end.Offset - parts[next].start}
+			if next+1 < len(parts) {
+				c.gap.Length = parts[next+1].start - parts[next].start
+			}
+		}
 	}
 }

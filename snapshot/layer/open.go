@@ -6,10 +6,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sort"
 
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/snapshot/blockindex"
+	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
 )
 
 // ErrDamaged is wrapped by errors about layers that are not as they were
@@ -30,6 +32,9 @@ type Layer struct {
 	Number uint64 // a higher one is newer
 	Tree   repo.ID
 	parts  []partRef
+
+	damaged func(error) bool // which errors are damage that is gone around; nil: none
+	lost    error            // why nothing is known of the layer, if that is so
 }
 
 type partRef struct {
@@ -39,13 +44,27 @@ type partRef struct {
 
 // Open reads the trees of all layers in the folder `layers`, oldest first.
 func Open(ctx context.Context, from Loader, layers repo.ID) ([]*Layer, error) {
+	return openAll(ctx, from, layers, nil)
+}
+
+// OpenDamaged is Open for what is to be had of a snapshot of which something is lost.
+// damaged tells errors that say so from those of a store that does not answer. Where a layer or
+// a part cannot be read, and no newer layer has the range, a merger's piece is
+// missing; of a part whose data file lists blobs that are in no index, the ranges that these
+// give have blobs without an entry, and those between two of them count as well, since it is
+// not known where they lie.
+func OpenDamaged(ctx context.Context, from Loader, layers repo.ID, damaged func(error) bool) ([]*Layer, error) {
+	return openAll(ctx, from, layers, damaged)
+}
+
+func openAll(ctx context.Context, from Loader, layers repo.ID, damaged func(error) bool) ([]*Layer, error) {
 	tree, err := from.LoadTree(ctx, layers)
 	if err != nil {
 		return nil, fmt.Errorf("open layers: %w", err)
 	}
 	var out []*Layer
 	for _, n := range tree.Nodes {
-		l, err := openLayer(ctx, from, n)
+		l, err := openLayer(ctx, from, n, damaged)
 		if err != nil {
 			return nil, fmt.Errorf("open layer %s: %w", n.Name, err)
 		}
@@ -55,12 +74,20 @@ func Open(ctx context.Context, from Loader, layers repo.ID) ([]*Layer, error) {
 	return out, nil
 }
 
-func openLayer(ctx context.Context, from Loader, n *repo.Node) (*Layer, error) {
+func openLayer(ctx context.Context, from Loader, n *repo.Node, damaged func(error) bool) (*Layer, error) {
 	number, err := parseName(n.Name)
 	if err != nil || n.Subtree == nil {
 		return nil, fmt.Errorf("%w: %q is not a layer", ErrDamaged, n.Name)
 	}
-	return OpenTree(ctx, from, number, *n.Subtree)
+	l, err := OpenTree(ctx, from, number, *n.Subtree)
+	if err != nil && damaged != nil && damaged(err) {
+		l, err = &Layer{Number: number, Tree: *n.Subtree, lost: fmt.Errorf("open layer %s: %w", n.Name, err)}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	l.damaged = damaged
+	return l, nil
 }
 
 // OpenTree opens a layer by its tree, and gives it a number.
@@ -91,9 +118,16 @@ type Part struct {
 	Index *blockindex.Index
 	Data  File
 	sums  File
+	// noSums is why there are none that could be read. Only who needs them minds.
+	noSums error
 }
 
 func openPart(ctx context.Context, from Loader, ref partRef) (*Part, error) {
+	return openDamagedPart(ctx, from, ref, false)
+}
+
+// openDamagedPart is openPart; with holes, blobs of its data may be in no index.
+func openDamagedPart(ctx context.Context, from Loader, ref partRef, holes bool) (*Part, error) {
 	fail := func(err error) (*Part, error) {
 		return nil, fmt.Errorf("open part at %d (tree %v): %w", ref.start, ref.tree.Str(), err)
 	}
@@ -117,13 +151,11 @@ func openPart(ctx context.Context, from Loader, ref partRef) (*Part, error) {
 	if x.Start != ref.start {
 		return fail(fmt.Errorf("%w: its index is of a part at %d", ErrDamaged, x.Start))
 	}
-	if p.Data, err = openFile(from, files[dataFile], x.DataLength); err != nil {
+	if p.Data, err = openFile(from, files[dataFile], x.DataLength, holes); err != nil {
 		return fail(err)
 	}
 	if n, ok := files[sumsFile]; ok {
-		if p.sums, err = openFile(from, n, x.DataBlocks()*8); err != nil {
-			return fail(err)
-		}
+		p.sums, p.noSums = openFile(from, n, x.DataBlocks()*blocksum.Size, false)
 	}
 	return p, nil
 }
@@ -137,22 +169,50 @@ type File struct {
 // openFile checks a file against the length that its index asks for. restic's
 // `repair snapshots` drops missing blobs from a file, which would shift all
 // that follows: the lengths tell.
-func openFile(from Loader, n *repo.Node, want int64) (File, error) {
+//
+// With holes, blobs may be in no index. How long such a blob is, is not known: the first of
+// them stands for all up to the last, and takes what the others leave.
+func openFile(from Loader, n *repo.Node, want int64, holes bool) (File, error) {
 	if n == nil {
 		return File{}, fmt.Errorf("%w: its data are missing", ErrDamaged)
 	}
-	f := File{Blobs: n.Content, ends: make([]int64, len(n.Content))}
+	sizes := make([]int64, len(n.Content))
 	var size int64
+	first, last := -1, -1
 	for i, id := range n.Content {
 		s, ok := from.BlobSize(repo.BlobHandle{Type: repo.DataBlob, ID: id})
-		if !ok {
-			return f, fmt.Errorf("%w: blob %v of file %q is in no index", ErrDamaged, id.Str(), n.Name)
+		if !ok && !holes {
+			return File{}, fmt.Errorf("%w: blob %v of file %q is in no index", ErrDamaged, id.Str(), n.Name)
 		}
+		if !ok && first < 0 {
+			first = i
+		}
+		if !ok {
+			last = i
+		}
+		sizes[i] = int64(s)
 		size += int64(s)
-		f.ends[i] = size
+	}
+	blobs := n.Content
+	if first >= 0 {
+		// What lies between two of them is of no use either.
+		hole := want
+		for _, s := range slices.Concat(sizes[:first], sizes[last+1:]) {
+			hole -= s
+		}
+		if size > want || hole <= 0 {
+			return File{}, fmt.Errorf("%w: file %q has more than %d bytes in blobs", ErrDamaged, n.Name, want)
+		}
+		blobs = slices.Concat(blobs[:first+1], blobs[last+1:])
+		sizes = slices.Concat(sizes[:first], []int64{hole}, sizes[last+1:])
+		size = want
 	}
 	if size != want || int64(n.Size) != want {
-		return f, fmt.Errorf("%w: file %q has %d bytes in blobs and %d by its node, not %d", ErrDamaged, n.Name, size, n.Size, want)
+		return File{}, fmt.Errorf("%w: file %q has %d bytes in blobs and %d by its node, not %d", ErrDamaged, n.Name, size, n.Size, want)
+	}
+	f := File{Blobs: blobs, ends: sizes}
+	for i := 1; i < len(f.ends); i++ {
+		f.ends[i] += f.ends[i-1]
 	}
 	return f, nil
 }
