@@ -66,7 +66,9 @@ func (f SnapshotFilter) String() string {
 
 // FindSnapshot finds the snapshot that a user means: an ID, a unique prefix of
 // one, or "latest" among those that the filter matches. Nothing found, or too
-// much, is [ErrNoSnapshot].
+// much, is [ErrNoSnapshot]. If it was found and cannot be read its ID comes with
+// the error; while some snapshot cannot be read none is the latest, and no ID
+// comes with that.
 func (r *Repository) FindSnapshot(ctx context.Context, name string, filter SnapshotFilter) (ID, *Snapshot, error) {
 	if name == "latest" {
 		return r.findLatest(ctx, filter)
@@ -130,5 +132,9 @@ func (r *Repository) findLatest(ctx context.Context, filter SnapshotFilter) (id 
 			err = fmt.Errorf("find latest snapshot for %s: %w", what, ErrNoSnapshot)
 		}
 	}
-	return id, latest, err
+	if err != nil {
+		// What was the latest so far has nothing to do with the error.
+		return ID{}, nil, err
+	}
+	return id, latest, nil
 }

@@ -49,6 +49,25 @@ func TestOneBadSnapshotDoesNotHideTheOthers(t *testing.T) {
 	}
 }
 
+// TestNoSnapshotIsTheLatestWhileOneCannotBeRead: with the error comes no ID, since what was
+// good so far is neither the latest nor what is damaged.
+func TestNoSnapshotIsTheLatestWhileOneCannotBeRead(t *testing.T) {
+	r, dir := newRepo(t, Options{})
+	rng := newRand(t)
+	bad, _ := testBackup(t, r, rng)
+	for range 15 {
+		testBackup(t, r, rng)
+	}
+	damage(t, filepath.Join(dir, "snapshots", bad.String()), func(b []byte) []byte { return b[:50] })
+	for range 20 { // in which order they are loaded is left to chance
+		id, s, err := r.FindSnapshot(t.Context(), "latest", SnapshotFilter{})
+		if !errors.Is(err, ErrDamaged) || !id.IsNull() || s != nil {
+			t.Fatalf("latest beside a damaged snapshot is %s, %v: %v", id.Str(), s, err)
+		}
+		mustBeOneLine(t, err, bad.Str())
+	}
+}
+
 func TestSnapshotsAreFoundByPrefixAndFilter(t *testing.T) {
 	r, _ := newRepo(t, Options{})
 	tree := ID{1}

@@ -4,8 +4,11 @@ package systemtest
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"slices"
 	"sort"
 	"strconv"
@@ -292,5 +295,30 @@ func TestForgetRemovesWhatItSays(t *testing.T) {
 	e.must("forget", "--unsafe-allow-remove-all", "--host", "one", "--host", "two", "--host", "")
 	if got := e.snapshotIDs(); len(got) != 0 {
 		t.Errorf("left %v", got)
+	}
+}
+
+// TestForgetLatestBesideADamagedSnapshotRemovesNothing: which one is the latest is not known
+// then. Named by its ID the damaged one goes, and no other.
+func TestForgetLatestBesideADamagedSnapshotRemovesNothing(t *testing.T) {
+	r := random(t)
+	e := lightEnv(t)
+	e.randomSnapshots(r, 15)
+	before := e.snapshotIDs()
+	slices.Sort(before)
+	bad := before[len(before)-1]
+	path := filepath.Join(e.repo, "snapshots", bad)
+	if err := errors.Join(os.Chmod(path, 0o600), os.Truncate(path, 50)); err != nil {
+		t.Fatal(err)
+	}
+	e.fails(1, bad[:8], "--no-cache", "forget", "latest")
+	if n := len(e.files("snapshots")); n != len(before) {
+		t.Fatalf("%d snapshots are left of %d", n, len(before))
+	}
+	e.must("--no-cache", "forget", bad)
+	got := e.snapshotIDs()
+	slices.Sort(got)
+	if !slices.Equal(got, before[:len(before)-1]) {
+		t.Errorf("left %v, want %v", got, before[:len(before)-1])
 	}
 }
