@@ -4,6 +4,7 @@ package repo
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -182,6 +183,40 @@ func TestATableThatGoesBadInUseIsReplaced(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestACatalogHasAllOfTheIndexOrThereIsNone: a table has gone bad, and the store does not give
+// the index file that it was made from.
+func TestACatalogHasAllOfTheIndexOrThereIsNone(t *testing.T) {
+	cacheDir := t.TempDir()
+	r, dir := newRepo(t, Options{CacheDir: cacheDir})
+	testBackup(t, r, newRand(t))
+	r, be := counting(t, dir, cacheDir)
+	if err := r.LoadIndex(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	name := onlyFile(t, filepath.Join(cacheDir, "*", "index", "*"))
+	info, err := os.Stat(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, bytes.Repeat([]byte{1}, int(info.Size())), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	be.Inject(faulty.Rule{Ops: faulty.Load, Times: 1, Where: faulty.Before})
+	if c, err := r.Catalog(); !errors.Is(err, faulty.ErrInjected) {
+		t.Errorf("a catalog made of a part: %v, %v", c, err)
+	}
+	if err := r.LoadIndex(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	c, err := r.Catalog()
+	if err != nil || c.Len() == 0 {
+		t.Fatal(c, err)
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestNothingIsWrittenWhileTheCacheIsDeferred(t *testing.T) {

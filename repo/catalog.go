@@ -42,7 +42,7 @@ func (p Place) Blob(h BlobHandle) BlobLocation {
 	return BlobLocation{Handle: h, Offset: p.Offset, Length: p.Length, UncompressedLength: p.UncompressedLength}
 }
 
-// Catalog makes one of the index as loaded now.
+// Catalog makes one of the index as loaded now: of all of it, or none.
 func (r *Repository) Catalog() (*Catalog, error) {
 	r.loadMu.Lock()
 	c, err := r.makeCatalog()
@@ -58,7 +58,9 @@ func (r *Repository) Catalog() (*Catalog, error) {
 			bad = append(bad, t)
 		}
 	}
-	r.heal(bad)
+	if err := r.heal(bad); err != nil {
+		return nil, err
+	}
 	r.loadMu.Lock()
 	defer r.loadMu.Unlock()
 	return r.makeCatalog()

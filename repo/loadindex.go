@@ -286,14 +286,16 @@ func (r *Repository) mergeGroup(group []*openTable) error {
 }
 
 // heal puts tables made from the store in place of damaged ones. If that fails
-// the blobs in question count as unknown, which costs time or space but harms
-// nothing.
-func (r *Repository) heal(bad []*openTable) {
+// the blobs in question count as unknown until LoadIndex is called again. To a
+// writer that costs space; who deletes what is not needed must take it for an
+// error.
+func (r *Repository) heal(bad []*openTable) error {
 	r.loadMu.Lock()
 	defer r.loadMu.Unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), healTimeout)
 	defer cancel()
 	current := r.tables.list()
+	var first error
 	for _, t := range bad {
 		if !slices.Contains(current, t) {
 			continue // somebody else was faster
@@ -307,16 +309,20 @@ func (r *Repository) heal(bad []*openTable) {
 		fresh, err := r.convertAll(ctx, wanted, nil)
 		if err != nil {
 			r.log.Error("cannot replace a damaged index table", "error", err)
+			if first == nil {
+				first = fmt.Errorf("replace a damaged index table: %w", err)
+			}
 		}
 		r.tables.replace([]*openTable{t}, fresh)
 	}
+	return first
 }
 
 // find looks a blob up, and mends the tables on the way if it has to.
 func (r *Repository) find(h BlobHandle, any bool) []Location {
 	found, bad := r.tables.find(h, any)
 	if len(bad) > 0 {
-		r.heal(bad)
+		_ = r.heal(bad) // it is in the log
 		found, _ = r.tables.find(h, any)
 	}
 	return found

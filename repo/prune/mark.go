@@ -51,7 +51,9 @@ func (m *marks) mark(ctx context.Context, snapshots map[repo.ID]*repo.Snapshot) 
 	}
 	err := m.repo.WalkTrees(ctx, roots, m.firstTree, func(_ context.Context, id repo.ID, data []byte, err error) ([]repo.ID, error) {
 		if errors.Is(err, repo.ErrBlobNotFound) {
-			return nil, nil // named at the end, with the others
+			// Only trees that the catalog lists come here: a table of the cache has gone
+			// bad since, and what lies below this tree is not known.
+			return nil, fmt.Errorf("tree %s is in the index, and could not be looked up again: %w; nothing was deleted, run prune again", id.Str(), err)
 		}
 		if err != nil {
 			return nil, err
