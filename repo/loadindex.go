@@ -365,6 +365,20 @@ func (r *Repository) EachBlob(ctx context.Context, fn func(BlobHandle, Location)
 	})
 }
 
+// IndexFiles are the index files that lookups answer from: those that LoadIndex
+// found, and those that were written here since.
+func (r *Repository) IndexFiles() map[ID]bool {
+	r.loadMu.Lock()
+	defer r.loadMu.Unlock()
+	out := map[ID]bool{}
+	for _, t := range r.tables.list() {
+		for _, id := range t.Sources() {
+			out[id] = true
+		}
+	}
+	return out
+}
+
 func blobAt(h BlobHandle, loc Location) pack.Blob {
 	return pack.Blob{Handle: h, Offset: loc.Offset, Length: loc.Length, UncompressedLength: loc.UncompressedLength}
 }

@@ -97,6 +97,9 @@ type IndexRewrite struct {
 	// Twice are the packs that several index files list, if that is known; else
 	// every file is read once more to find out.
 	Twice map[ID]bool
+	// BeforeRemoval, if set, is called when all new files are stored and no old one
+	// is deleted; with its error everything stays.
+	BeforeRemoval func(context.Context) error
 	// Progress is told how many of the old files have been dealt with.
 	Progress func(done, total int)
 }
@@ -171,6 +174,11 @@ func (w *indexRewriter) run(ctx context.Context) error {
 	}
 	if err := w.save(ctx); err != nil {
 		return err
+	}
+	if w.o.BeforeRemoval != nil {
+		if err := w.o.BeforeRemoval(ctx); err != nil {
+			return err
+		}
 	}
 	err = w.repo.RemoveFiles(ctx, backend.IndexFile, w.obsolete, func(_ ID, err error) {
 		if err == nil {

@@ -44,7 +44,8 @@ type fixture struct {
 	repo *repo.Repository
 	// needs are the blobs that each snapshot must give.
 	needs map[repo.ID]map[repo.BlobHandle]bool
-	data  []repo.ID // data blobs, to be shared
+	wrap  func(backend.Backend) backend.Backend // of the store that reopen opens; nil: none
+	data  []repo.ID                             // data blobs, to be shared
 	sizes map[repo.ID]int
 	trees []repo.ID
 	below map[repo.ID]map[repo.BlobHandle]bool // what each tree needs, itself too
@@ -213,7 +214,11 @@ func (f *fixture) reopen(cacheDir string) *faulty.Backend {
 	f.must(err)
 	be := faulty.New(l)
 	f.Cleanup(func() { be.Close() })
-	f.repo, err = repo.Open(f.Context(), be, testPassword, repo.Options{PackSize: repo.MinPackSize, CacheDir: cacheDir})
+	top := backend.Backend(be)
+	if f.wrap != nil {
+		top = f.wrap(be)
+	}
+	f.repo, err = repo.Open(f.Context(), top, testPassword, repo.Options{PackSize: repo.MinPackSize, CacheDir: cacheDir})
 	f.must(err)
 	r := f.repo
 	f.Cleanup(func() { r.Close() })

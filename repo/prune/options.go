@@ -78,7 +78,7 @@ var (
 	ErrIncomplete = errors.New("the repository lacks data that snapshots need")
 	// ErrChanged says that somebody wrote to the repository in spite of the
 	// lock.
-	ErrChanged = errors.New("a snapshot was added meanwhile, in spite of the exclusive lock")
+	ErrChanged = errors.New("something was added meanwhile, in spite of the exclusive lock")
 )
 
 // Count is a number of blobs or packs, and their bytes in packs.

@@ -107,19 +107,25 @@ func (p *pruner) plan(ctx context.Context, catalog *repo.Catalog) (*plan, error)
 }
 
 // execute carries a plan out. The order is what makes it safe to be killed.
+// Before each kind of deletion it looks whether somebody added something.
 func (p *pruner) execute(ctx context.Context, x *plan) error {
+	if err := p.stillUnchanged(ctx); err != nil {
+		return err
+	}
 	if err := p.removePacks(ctx, x.leftover); err != nil {
 		return err
 	}
 	if err := p.repack(ctx, x); err != nil {
 		return err
 	}
-	if err := p.unchanged(ctx); err != nil {
-		return err
-	}
 	packs, unlisted := x.gone()
 	if err := p.rewriteIndex(ctx, x, unlisted); err != nil {
 		return err
+	}
+	if len(packs) > 0 {
+		if err := p.unchanged(ctx); err != nil {
+			return fmt.Errorf("%w; the index lists %d packs no more that may be needed now and are still there: run `repair index`, then `check`", err, len(packs))
+		}
 	}
 	if err := p.removePacks(ctx, packs); err != nil {
 		return err
@@ -189,8 +195,9 @@ func (p *pruner) repack(ctx context.Context, x *plan) error {
 	return nil
 }
 
-// unchanged makes sure that nobody added a snapshot since they were read: a
-// program that takes no lock, or another one's clock, may be at fault.
+// unchanged makes sure that nobody added a snapshot since they were read, or an
+// index file, after which a snapshot comes: a program that takes no lock, or has
+// lost its own, or another one's clock, may be at fault.
 func (p *pruner) unchanged(ctx context.Context) error {
 	now, err := p.repo.ListFiles(ctx, backend.SnapshotFile)
 	if err != nil {
@@ -198,10 +205,28 @@ func (p *pruner) unchanged(ctx context.Context) error {
 	}
 	for id := range now {
 		if p.snapshots[id] == nil && !p.Ignore[id] {
-			return fmt.Errorf("%w: snapshot %s; nothing that is used was deleted, run prune again", ErrChanged, id.Str())
+			return fmt.Errorf("%w: snapshot %s", ErrChanged, id.Str())
+		}
+	}
+	if now, err = p.repo.ListFiles(ctx, backend.IndexFile); err != nil {
+		return err
+	}
+	known := p.repo.IndexFiles()
+	for id := range now {
+		if !known[id] {
+			return fmt.Errorf("%w: index %s", ErrChanged, id.Str())
 		}
 	}
 	return nil
+}
+
+// stillUnchanged is unchanged while the index lists all that it listed.
+func (p *pruner) stillUnchanged(ctx context.Context) error {
+	err := p.unchanged(ctx)
+	if errors.Is(err, ErrChanged) {
+		return fmt.Errorf("%w; nothing that is used was deleted, run prune again", err)
+	}
+	return err
 }
 
 func (p *pruner) rewriteIndex(ctx context.Context, x *plan, unlisted map[repo.ID]bool) error {
@@ -219,7 +244,7 @@ func (p *pruner) rewriteIndex(ctx context.Context, x *plan, unlisted map[repo.ID
 		return nil
 	}
 	did, err := p.repo.RewriteIndex(ctx, repo.IndexRewrite{
-		Drop: func(id repo.ID) bool { return unlisted[id] }, Twice: twice,
+		Drop: func(id repo.ID) bool { return unlisted[id] }, Twice: twice, BeforeRemoval: p.stillUnchanged,
 		Progress: func(done, total int) { p.tell(PhaseIndex, int64(done), int64(total)) },
 	})
 	p.sum.IndexesWritten, p.sum.IndexesRemoved = did.Written, did.Removed

@@ -272,21 +272,6 @@ func TestABadBlobIsNotPackedAnew(t *testing.T) {
 	}
 }
 
-// TestASnapshotThatTurnsUpMeanwhileStopsAPrune: a snapshot that turns up meanwhile stops a
-// prune before it deletes what that may need.
-func TestASnapshotThatTurnsUpMeanwhileStopsAPrune(t *testing.T) {
-	f := filled(t, newRand(t))
-	p := &pruner{Options: Options{}, repo: f.repo, sum: &Summary{}}
-	var err error
-	p.snapshots, err = p.loadSnapshots(t.Context())
-	f.must(err)
-	f.must(p.unchanged(t.Context()))
-	f.snapshot()
-	if err := p.unchanged(t.Context()); !errors.Is(err, ErrChanged) {
-		t.Errorf("a new snapshot is not noticed: %v", err)
-	}
-}
-
 func TestLimitsAsResticWritesThem(t *testing.T) {
 	for s, want := range map[string]int64{"5%": 50, "0%": 0, "50%": 950, "0": 0, "10k": 10 << 10, "2M": 2 << 20, "7B": 7, "unlimited": math.MaxInt64} {
 		fn, err := ParseMaxUnused(s)
