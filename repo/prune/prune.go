@@ -35,6 +35,9 @@ type pruner struct {
 	repo      *repo.Repository
 	snapshots map[repo.ID]*repo.Snapshot
 	sum       *Summary
+
+	toRemove, stay int   // packs, and those of them that could not be deleted
+	stayed         error // why the first one could not
 }
 
 // Prune frees what no snapshot needs. The repository is locked exclusively and
@@ -137,11 +140,14 @@ func (p *pruner) execute(ctx context.Context, x *plan) error {
 		return err
 	}
 	files, err := p.repo.ListFiles(ctx, backend.PackFile)
+	if err != nil {
+		return err
+	}
 	p.sum.BytesAfter = 0
 	for _, size := range files {
 		p.sum.BytesAfter += size
 	}
-	return err
+	return p.notRemoved()
 }
 
 // repack copies what is used of some packs, and makes sure that it can be found.
@@ -252,20 +258,34 @@ func (p *pruner) rewriteIndex(ctx context.Context, x *plan, unlisted map[repo.ID
 }
 
 // removePacks deletes packs that no index lists. What cannot be deleted is a
-// leftover for the next prune, and an error at the end of this one.
+// leftover for the next prune, which notRemoved makes an error of at the end: a pack
+// that the store keeps for a while does not hold up the rest.
 func (p *pruner) removePacks(ctx context.Context, ids []repo.ID) error {
-	done, failed := int64(0), 0
+	done, removed := int64(0), 0
 	err := p.repo.RemoveFiles(ctx, backend.PackFile, ids, func(_ repo.ID, err error) {
-		if err != nil {
-			failed++
+		if err == nil {
+			removed++
 		}
 		done++
 		p.tell(PhaseRemove, done, int64(len(ids)))
 	})
-	if err != nil && failed > 0 {
-		return errors.Join(fmt.Errorf("%d of %d packs that are not needed could not be deleted: %w (run prune again)", failed, len(ids), err))
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
-	return err
+	p.toRemove += len(ids)
+	p.stay += len(ids) - removed
+	if p.stayed == nil {
+		p.stayed = err
+	}
+	return nil
+}
+
+// notRemoved is what could not be deleted, as an error.
+func (p *pruner) notRemoved() error {
+	if p.stayed == nil {
+		return nil
+	}
+	return fmt.Errorf("%d of %d packs that are not needed could not be deleted: %w (run prune again)", p.stay, p.toRemove, p.stayed)
 }
 
 func (p *pruner) tell(phase string, done, total int64) {

@@ -4,11 +4,14 @@ package prune
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/repo/backend/faulty"
 )
@@ -42,4 +45,41 @@ func TestATreeThatTheCatalogListsIsNeverTakenForEmpty(t *testing.T) {
 		t.Errorf("%d files were written or removed", n)
 	}
 	g.whole()
+}
+
+// TestALeftoverThatCannotBeDeletedDoesNotBlockAPrune: a store may keep files for a while,
+// whoever wants to delete them. What else there is to do is done.
+func TestALeftoverThatCannotBeDeletedDoesNotBlockAPrune(t *testing.T) {
+	f := filled(t, newRand(t))
+	g, _ := f.copied("")
+	left := repo.Hash([]byte("left"))
+	g.must(g.repo.Backend().Save(t.Context(), backend.Handle{Type: backend.PackFile, Name: left.String()}, []byte("left")))
+	g.wrap = func(be backend.Backend) backend.Backend { return &retained{be, left.String()} }
+	g.reopen("")
+	_, err := Prune(t.Context(), g.repo, Options{IsMeta: isMeta})
+	if !errors.Is(err, errRetained) || !strings.Contains(err.Error(), "1 of ") || strings.Contains(err.Error(), "\n") {
+		t.Errorf("prune says %v", err)
+	}
+	if n := g.unused(); n > 0 {
+		t.Errorf("%d bytes are unused", n)
+	}
+	hints := g.whole()
+	if _, ok := files(g, backend.PackFile)[left]; !ok || len(hints) != 1 {
+		t.Errorf("the leftover is there: %v; hints: %q", ok, hints)
+	}
+}
+
+var errRetained = backend.Permanent(errors.New("the object is locked until next year"))
+
+// retained is a store that does not delete one pack.
+type retained struct {
+	backend.Backend
+	name string
+}
+
+func (r *retained) Remove(ctx context.Context, h backend.Handle) error {
+	if h.Type == backend.PackFile && h.Name == r.name {
+		return errRetained
+	}
+	return r.Backend.Remove(ctx, h)
 }
