@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dsync-backup/dsync-backup/repo/backend"
 )
 
@@ -113,10 +115,20 @@ func sleep(ctx context.Context, d time.Duration) error {
 // at once, beside the wait of 200 ms, and nothing may be written before
 // [Lock.Settled] returns. If the lock is refused after all, its context ends, with that
 // as its cause.
+//
+// That holds only for a lock that others could see within 200 ms of our first look: whoever
+// works under an exclusive lock which that did not find looks again after ours is there, and
+// goes. With a store that took longer they may have looked twice in between, and delete by now
+// what we would read. So it is then certain before this returns: who is still at work is seen
+// by the second look, and who is done has left an index that is loaded after that.
 func (r *Repository) LockAhead(ctx context.Context) (*Lock, error) {
+	took := stopwatch()
 	file, id, err := r.announce(ctx, false)
 	if err != nil {
 		return nil, err
+	}
+	if took() >= lockSettle {
+		return r.hold(ctx, file, id)
 	}
 	l := startLock(ctx, r, file, id)
 	l.settling = make(chan struct{})
@@ -130,6 +142,19 @@ func (r *Repository) LockAhead(ctx context.Context) (*Lock, error) {
 	return l, nil
 }
 
+// stopwatch tells how long ago it was started, also if the machine slept meanwhile, or
+// stood still and had its clock set afterwards.
+func stopwatch() func() time.Duration {
+	awake, wall := sinceBoot(), time.Now().Round(0)
+	return func() time.Duration { return max(sinceBoot()-awake, time.Since(wall)) }
+}
+
+func sinceBoot() time.Duration {
+	var t unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &t) // Linux has it, and it cannot fail
+	return time.Duration(t.Nano())
+}
+
 // tryLock looks, writes, waits and looks again: of two that start at the same
 // time at least one sees the other.
 func (r *Repository) tryLock(ctx context.Context, exclusive bool) (*Lock, error) {
@@ -137,6 +162,11 @@ func (r *Repository) tryLock(ctx context.Context, exclusive bool) (*Lock, error)
 	if err != nil {
 		return nil, err
 	}
+	return r.hold(ctx, file, id)
+}
+
+// hold waits until a lock that was announced is certain.
+func (r *Repository) hold(ctx context.Context, file lockFile, id ID) (*Lock, error) {
 	if err := r.settle(ctx, file, id); err != nil {
 		// Also when ctx is done the lock must go.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unlockTimeout)

@@ -370,6 +370,9 @@ func TestALockAheadHoldsBackWritesUntilItIsCertain(t *testing.T) {
 				}
 			}
 			l, err := r.LockAhead(t.Context())
+			if refused && errors.Is(err, ErrLocked) {
+				t.Skip("the disk took so long that nothing may be read ahead")
+			}
 			if err != nil {
 				t.Fatal(err)
 			}
