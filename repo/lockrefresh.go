@@ -28,8 +28,8 @@ type Lock struct {
 	settling chan struct{} // closed when it is certain whether the lock is held; nil: it is held
 	refused  error         // why not, once that is closed
 
-	// Of the goroutine that refreshes; it hands them over by ending.
-	file lockFile
+	mu   sync.Mutex
+	file lockFile // as of the last refresh
 	id   ID
 }
 
@@ -42,7 +42,7 @@ func startLock(ctx context.Context, r *Repository, file lockFile, id ID) *Lock {
 
 func startLockWith(ctx context.Context, r *Repository, file lockFile, id ID, times lockTimes) *Lock {
 	l := &Lock{repo: r, file: file, id: id, times: times, done: make(chan struct{})}
-	l.ctx, l.cancel = context.WithCancelCause(ctx)
+	l.ctx, l.cancel = context.WithCancelCause(context.WithValue(ctx, lockKey{r}, l))
 	// To see whether a lock's process lives, restic's unlock sends it SIGHUP:
 	// that must not end us.
 	hup := make(chan os.Signal, 1)
@@ -120,7 +120,7 @@ func (l *Lock) keep() {
 		}
 		now := time.Now().Round(0)
 		if now.Sub(last) >= l.times.giveUp {
-			l.cancel(fmt.Errorf("%w: it could not be refreshed since %s", ErrLockLost, last.Format("15:04:05")))
+			l.cancel(notRefreshed(last))
 			return
 		}
 		if running == nil && !now.Before(next) {
@@ -168,7 +168,9 @@ func (l *Lock) refresh() error {
 		}
 		return err
 	}
+	l.mu.Lock()
 	l.file, l.id = file, id
+	l.mu.Unlock()
 	if err := l.repo.be.Remove(clean, old); err != nil && !errors.Is(err, backend.ErrNotExist) {
 		l.repo.log.Warn("cannot remove the lock from before the refresh", "error", err)
 	}

@@ -180,6 +180,9 @@ func (w *indexRewriter) run(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := w.repo.CheckLock(ctx); err != nil {
+		return err
+	}
 	err = w.repo.RemoveFiles(ctx, backend.IndexFile, w.obsolete, func(_ ID, err error) {
 		if err == nil {
 			w.did.Removed++
@@ -267,6 +270,9 @@ func (w *indexRewriter) save(ctx context.Context) error {
 	}
 	plain, err := index.Encode(w.pending)
 	if err != nil {
+		return err
+	}
+	if err := w.repo.CheckLock(ctx); err != nil {
 		return err
 	}
 	id, _, err := w.repo.saveUnpacked(ctx, backend.IndexFile, plain)

@@ -56,7 +56,8 @@ type SnapshotSummary struct {
 const snapshotFolder = "snapshots"
 
 // SaveSnapshot stores a snapshot and returns its ID and stored size in bytes.
-// Everything that it needs must be flushed before.
+// Everything that it needs must be flushed before. If the lock that ctx belongs
+// to is gone by then, the snapshot stays, and it is [ErrLockLost].
 func (r *Repository) SaveSnapshot(ctx context.Context, s *Snapshot) (ID, int64, error) {
 	if err := r.RequireWritable(); err != nil {
 		return ID{}, 0, fmt.Errorf("save snapshot: %w", err)
@@ -68,11 +69,17 @@ func (r *Repository) SaveSnapshot(ctx context.Context, s *Snapshot) (ID, int64, 
 	if err != nil {
 		return ID{}, 0, fmt.Errorf("encode snapshot: %w", err)
 	}
+	if err := r.CheckLock(ctx); err != nil {
+		return ID{}, 0, fmt.Errorf("save snapshot: %w", err)
+	}
 	id, raw, err := r.saveUnpacked(ctx, backend.SnapshotFile, plain)
 	if err != nil {
 		return ID{}, 0, err
 	}
 	r.cache.save(snapshotFolder+"/"+id.String(), raw)
+	if err := r.lockStillThere(ctx); err != nil {
+		return id, int64(len(raw)), fmt.Errorf("snapshot %s was saved, and what it needs may have been pruned meanwhile: %w; run `check`", id.Str(), err)
+	}
 	return id, int64(len(raw)), nil
 }
 
@@ -147,6 +154,9 @@ func (r *Repository) forgetCachedSnapshots(files []listed) {
 
 // RemoveSnapshot deletes a snapshot; what only it needed stays until a prune.
 func (r *Repository) RemoveSnapshot(ctx context.Context, id ID) error {
+	if err := r.CheckLock(ctx); err != nil {
+		return fmt.Errorf("remove snapshot %s: %w", id.Str(), err)
+	}
 	if err := r.be.Remove(ctx, backend.Handle{Type: backend.SnapshotFile, Name: id.String()}); err != nil {
 		return fmt.Errorf("remove snapshot %s: %w", id.Str(), err)
 	}
@@ -157,6 +167,9 @@ func (r *Repository) RemoveSnapshot(ctx context.Context, id ID) error {
 // RemoveSnapshots deletes snapshots, several at a time, and calls done with
 // each, one at a time. It tries all of them; the first error is returned.
 func (r *Repository) RemoveSnapshots(ctx context.Context, ids []ID, done func(ID, error)) error {
+	if err := r.CheckLock(ctx); err != nil {
+		return fmt.Errorf("remove snapshots: %w", err)
+	}
 	return r.RemoveFiles(ctx, backend.SnapshotFile, ids, func(id ID, err error) {
 		if err == nil {
 			r.cache.remove(snapshotFolder + "/" + id.String())

@@ -263,6 +263,9 @@ func (w *Writer) saveIndex(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := w.repo.CheckLock(w.ctx); err != nil {
+		return err
+	}
 	id, raw, err := w.repo.saveUnpacked(ctx, backend.IndexFile, plain)
 	if err != nil {
 		return err

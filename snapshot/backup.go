@@ -117,9 +117,9 @@ type backup struct {
 }
 
 // Backup makes a snapshot of a device. The caller holds a lock on the
-// repository, or one that Options.Settled makes certain, and has loaded its index since. Whatever fails, no snapshot is
-// left behind, and no block is forgotten: the epochs stay in the log until a
-// later backup has covered them.
+// repository, or one that Options.Settled makes certain, and has loaded its index since. Whatever fails,
+// no snapshot is left behind (but if the lock was gone when it was saved), and no block is
+// forgotten: the epochs stay in the log until a later backup has covered them.
 func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error) {
 	b := &backup{Options: o, r: r, store: Store{r}, started: time.Now()}
 	if b.Warn == nil {

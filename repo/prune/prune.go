@@ -261,6 +261,9 @@ func (p *pruner) rewriteIndex(ctx context.Context, x *plan, unlisted map[repo.ID
 // leftover for the next prune, which notRemoved makes an error of at the end: a pack
 // that the store keeps for a while does not hold up the rest.
 func (p *pruner) removePacks(ctx context.Context, ids []repo.ID) error {
+	if err := p.repo.CheckLock(ctx); err != nil {
+		return err
+	}
 	done, removed := int64(0), 0
 	err := p.repo.RemoveFiles(ctx, backend.PackFile, ids, func(_ repo.ID, err error) {
 		if err == nil {
