@@ -3,7 +3,9 @@
 package repo
 
 import (
+	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -94,8 +96,8 @@ type IndexRewrite struct {
 	All bool
 	// Broken are index files that cannot be read and go.
 	Broken []ID
-	// Twice are the packs that several index files list, if that is known; else
-	// every file is read once more to find out.
+	// Twice are the packs that are listed several times, if that is known. Unless
+	// it is known that there are none every file is read once more.
 	Twice map[ID]bool
 	// BeforeRemoval, if set, is called when all new files are stored and no old one
 	// is deleted; with its error everything stays.
@@ -111,10 +113,11 @@ type IndexRewritten struct{ Kept, Written, Removed int }
 // All new files are stored before the first old one is deleted; an old one that
 // cannot be deleted is an error. Whatever dies in between leaves packs listed
 // twice, and nothing unlisted that is not dropped. The caller holds an exclusive
-// lock; afterwards it calls LoadIndex. Memory: the largest index file, and 32
-// bytes a pack.
+// lock; afterwards it calls LoadIndex. Memory: the largest index file, some 100
+// bytes a pack, and the blobs of packs of which several listings say different
+// things.
 func (r *Repository) RewriteIndex(ctx context.Context, o IndexRewrite) (IndexRewritten, error) {
-	w := &indexRewriter{repo: r, o: o, listed: map[ID]bool{}, split: map[ID][]pack.Blob{}}
+	w := newIndexRewriter(r, o)
 	if err := w.run(ctx); err != nil {
 		return w.did, fmt.Errorf("rewrite the index: %w", err)
 	}
@@ -125,11 +128,16 @@ type indexRewriter struct {
 	repo     *Repository
 	o        IndexRewrite
 	did      IndexRewritten
-	listed   map[ID]bool // by a new file, or by one that stays
-	split    map[ID][]pack.Blob
+	listed   map[ID]bool        // by a new file, or by one that stays
+	differ   map[ID]bool        // listed several times, not always the same
+	split    map[ID][]pack.Blob // what those list, all together
 	pending  []index.Pack
 	blobs    int
 	obsolete []ID
+}
+
+func newIndexRewriter(r *Repository, o IndexRewrite) *indexRewriter {
+	return &indexRewriter{repo: r, o: o, listed: map[ID]bool{}, split: map[ID][]pack.Blob{}}
 }
 
 func (w *indexRewriter) run(ctx context.Context) error {
@@ -150,9 +158,8 @@ func (w *indexRewriter) run(ctx context.Context) error {
 			return err
 		}
 	}
-	twice := w.o.Twice
-	if twice == nil {
-		if twice, err = w.listings(ctx, old); err != nil {
+	if w.o.Twice == nil || len(w.o.Twice) > 0 {
+		if err := w.compareListings(ctx, old); err != nil {
 			return err
 		}
 	}
@@ -163,12 +170,12 @@ func (w *indexRewriter) run(ctx context.Context) error {
 		if slices.Contains(w.o.Broken, f.id) {
 			continue
 		}
-		if err := w.file(ctx, f.id, twice); err != nil {
+		if err := w.file(ctx, f.id); err != nil {
 			return err
 		}
 	}
 	for id, blobs := range w.split {
-		if err := w.add(ctx, index.Pack{ID: id, Blobs: blobs}); err != nil {
+		if err := w.add(ctx, index.Pack{ID: id, Blobs: slices.Compact(sorted(blobs))}); err != nil {
 			return err
 		}
 	}
@@ -191,30 +198,56 @@ func (w *indexRewriter) run(ctx context.Context) error {
 	return err
 }
 
-// listings finds the packs that several index files list, which is so after a
-// rewrite was killed; programs of old listed different blobs in each.
-func (w *indexRewriter) listings(ctx context.Context, old []listed) (map[ID]bool, error) {
-	seen, twice := map[ID]bool{}, map[ID]bool{}
+// compareListings finds the packs that are listed several times and not always the same:
+// programs of old listed different blobs of a pack in each index file. After a rewrite that was
+// killed all packs are listed twice, but the same.
+func (w *indexRewriter) compareListings(ctx context.Context, old []listed) error {
+	w.differ = map[ID]bool{}
+	first := map[ID]ID{} // what the first listing of a pack says
 	for _, f := range old {
 		if slices.Contains(w.o.Broken, f.id) {
 			continue
 		}
 		packs, err := w.repo.LoadIndexFile(ctx, f.id)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		for _, p := range packs {
-			if seen[p.ID] {
-				twice[p.ID] = true
+			if w.o.Twice != nil && !w.o.Twice[p.ID] || w.drops(p.ID) {
+				continue
 			}
-			seen[p.ID] = true
+			says := digest(p.Blobs)
+			if before, ok := first[p.ID]; ok && before != says {
+				w.differ[p.ID] = true
+			} else if !ok {
+				first[p.ID] = says
+			}
 		}
 	}
-	return twice, nil
+	return nil
+}
+
+// digest is the same for the same blobs in any order.
+func digest(blobs []pack.Blob) ID {
+	b := make([]byte, 0, len(blobs)*(len(ID{})+13))
+	for _, blob := range sorted(blobs) {
+		b = append(append(b, blob.ID[:]...), byte(blob.Type))
+		for _, n := range []uint32{blob.Offset, blob.Length, blob.UncompressedLength} {
+			b = binary.LittleEndian.AppendUint32(b, n)
+		}
+	}
+	return Hash(b)
+}
+
+func sorted(blobs []pack.Blob) []pack.Blob {
+	return slices.SortedFunc(slices.Values(blobs), func(a, b pack.Blob) int {
+		return cmp.Or(cmp.Compare(a.Offset, b.Offset), a.ID.Compare(b.ID), cmp.Compare(a.Type, b.Type),
+			cmp.Compare(a.Length, b.Length), cmp.Compare(a.UncompressedLength, b.UncompressedLength))
+	})
 }
 
 // file deals with one old index file.
-func (w *indexRewriter) file(ctx context.Context, id ID, twice map[ID]bool) error {
+func (w *indexRewriter) file(ctx context.Context, id ID) error {
 	packs, err := w.repo.LoadIndexFile(ctx, id)
 	if err != nil {
 		return err
@@ -222,7 +255,7 @@ func (w *indexRewriter) file(ctx context.Context, id ID, twice map[ID]bool) erro
 	blobs, changes := 0, w.o.All
 	for _, p := range packs {
 		blobs += len(p.Blobs)
-		changes = changes || w.listed[p.ID] || twice[p.ID] || w.drops(p.ID)
+		changes = changes || w.listed[p.ID] || w.differ[p.ID] || w.drops(p.ID)
 	}
 	if !changes && blobs >= indexBlobs && blobs < 4*indexBlobs {
 		w.did.Kept++
@@ -235,12 +268,8 @@ func (w *indexRewriter) file(ctx context.Context, id ID, twice map[ID]bool) erro
 	for _, p := range packs {
 		switch {
 		case w.drops(p.ID) || w.listed[p.ID]:
-		case twice[p.ID]:
-			for _, b := range p.Blobs {
-				if !slices.Contains(w.split[p.ID], b) {
-					w.split[p.ID] = append(w.split[p.ID], b)
-				}
-			}
+		case w.differ[p.ID]:
+			w.split[p.ID] = append(w.split[p.ID], p.Blobs...)
 		default:
 			if err := w.add(ctx, p); err != nil {
 				return err
