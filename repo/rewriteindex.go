@@ -52,28 +52,39 @@ func (r *Repository) ListFiles(ctx context.Context, t backend.FileType) (map[ID]
 }
 
 // RemoveFiles deletes files, several at a time, and calls done with each, one
-// at a time; one that is gone already is no error. It tries all of them, and the
-// first error is returned.
+// at a time; one that is gone already is no error. A file that the store refuses
+// to delete does not keep it from the others. Any other failure has outlasted
+// its retries, as each of the others would: it ends the work, is returned, and is
+// what done gets for all that were not tried. Else the first error is returned.
 func (r *Repository) RemoveFiles(ctx context.Context, t backend.FileType, ids []ID, done func(ID, error)) error {
 	var (
 		mu    sync.Mutex
 		first error
 	)
-	g, ctx := errgroup.WithContext(ctx)
+	removing, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
+	var g errgroup.Group
 	g.SetLimit(max(1, r.be.Connections()))
 	for _, id := range ids {
 		g.Go(func() error {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
-			err := r.be.Remove(ctx, backend.Handle{Type: t, Name: id.String()})
+			err := context.Cause(removing)
+			if err == nil {
+				err = r.be.Remove(removing, backend.Handle{Type: t, Name: id.String()})
+			}
 			if errors.Is(err, backend.ErrNotExist) {
 				err = nil
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			if err != nil && first == nil {
+			ends := err != nil && !errors.Is(err, backend.ErrPermanent)
+			if err != nil && first == nil || ends && removing.Err() == nil {
 				first = fmt.Errorf("remove %s %s: %w", t, id.Str(), err)
+			}
+			if ends {
+				giveUp(first)
 			}
 			if done != nil {
 				done(id, err)

@@ -165,7 +165,7 @@ func (r *Repository) RemoveSnapshot(ctx context.Context, id ID) error {
 }
 
 // RemoveSnapshots deletes snapshots, several at a time, and calls done with
-// each, one at a time. It tries all of them; the first error is returned.
+// each, one at a time. What it does about errors is as with [Repository.RemoveFiles].
 func (r *Repository) RemoveSnapshots(ctx context.Context, ids []ID, done func(ID, error)) error {
 	if err := r.CheckLock(ctx); err != nil {
 		return fmt.Errorf("remove snapshots: %w", err)
