@@ -29,6 +29,11 @@ var (
 	// ErrRange says that a file is shorter than the range asked for. It is
 	// permanent.
 	ErrRange = errors.New("range is not inside the file")
+
+	// ErrBroken says that the medium does not give what was asked for of a
+	// file: a bad sector. It is permanent. Other ranges of the file may be
+	// good. See [Broken].
+	ErrBroken = errors.New("the medium is broken")
 )
 
 // permanentError is an error that also is ErrPermanent.
@@ -63,6 +68,20 @@ func (e noStoreError) Is(target error) bool {
 // NoStore is the [ErrNoStore] for an operation on files of type t; text tells
 // the user what is missing.
 func NoStore(t FileType, text string) error { return noStoreError{text, t == ConfigFile} }
+
+// brokenError is an error that also is ErrBroken.
+type brokenError struct{ permanentError }
+
+func (e brokenError) Is(target error) bool { return target == ErrBroken || target == ErrPermanent }
+
+// Broken marks err as one of the medium, so that errors.Is(err, ErrBroken)
+// holds. The text stays as it is. Broken(nil) is nil.
+func Broken(err error) error {
+	if err == nil {
+		return nil
+	}
+	return brokenError{permanentError{err}}
+}
 
 // OutOfRange is the [ErrRange] for length bytes (0: up to the end) from offset
 // on of a file of size bytes.

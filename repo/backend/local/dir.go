@@ -104,6 +104,15 @@ func (d *dir) remove(path string) error {
 	return uninterrupted(func() error { return unix.Unlinkat(d.fd(), path, 0) })
 }
 
+// fsType is the kind of file system, 0 if that is not known.
+func (d *dir) fsType() uint32 {
+	var st unix.Statfs_t
+	if err := uninterrupted(func() error { return unix.Fstatfs(d.fd(), &st) }); err != nil {
+		return 0
+	}
+	return uint32(st.Type)
+}
+
 // stat reports a file's size in bytes and whether it is a regular file.
 func (d *dir) stat(path string) (size int64, regular bool, err error) {
 	var st unix.Stat_t

@@ -30,6 +30,21 @@ func isFull(err error) bool {
 	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
 }
 
+// unreadable marks an error of the medium in reading: the kernel and the disk
+// have repeated the read for as long as they saw sense in it. Over a network the
+// same error may be one of the connection (a soft NFS mount, sshfs), which passes.
+func unreadable(err error, fsType uint32) error {
+	if !errors.Is(err, unix.EIO) {
+		return err
+	}
+	switch fsType {
+	case unix.NFS_SUPER_MAGIC, unix.CIFS_SUPER_MAGIC, unix.SMB_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC,
+		unix.CEPH_SUPER_MAGIC, unix.AFS_FS_MAGIC, unix.V9FS_MAGIC, unix.FUSE_SUPER_MAGIC:
+		return err
+	}
+	return backend.Broken(fmt.Errorf("the disk cannot read it, see the kernel's log: %w", err))
+}
+
 // explain drops the path from an error of package os, since the message has
 // it already, and marks what cannot be mended by trying again.
 func explain(err error) error {

@@ -244,12 +244,12 @@ func (b *Backend) Load(ctx context.Context, h backend.Handle, length int, offset
 	return b.do(ctx, "load", h, func(d *dir, path string) error {
 		f, err := d.openFile(path)
 		if err != nil {
-			return err
+			return unreadable(err, d.fsType())
 		}
 		defer f.Close()
 		fi, err := f.Stat()
 		if err != nil {
-			return err
+			return unreadable(err, d.fsType())
 		}
 		n := int64(length)
 		if length == 0 {
@@ -262,7 +262,12 @@ func (b *Backend) Load(ctx context.Context, h backend.Handle, length int, offset
 			// All of it is wanted: the disk need not wait until it is asked for.
 			_ = unix.Fadvise(int(f.Fd()), offset, n, unix.FADV_WILLNEED)
 		}
-		return consumed(fn(backend.ExactReader(io.NewSectionReader(f, offset, n), n)))
+		r := &backend.WatchedReader{R: backend.ExactReader(io.NewSectionReader(f, offset, n), n)}
+		err = fn(r)
+		if err != nil && r.Err != nil {
+			return unreadable(r.Err, d.fsType())
+		}
+		return consumed(err)
 	})
 }
 
