@@ -5,10 +5,12 @@ package repo
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
 
+	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/repo/crypto"
 )
 
@@ -18,8 +20,9 @@ import (
 const maxGap = 128 << 10
 
 // LoadPackBlobs loads some blobs of one pack with as few requests as is
-// sensible, in the order of their offsets, and calls fn with each, checked. A
-// blob that is bad in this pack is looked for in others; if there is no good
+// sensible, in the order of their offsets, and calls fn with each, checked. If a
+// part of the pack cannot be read, each blob around it is read by itself. A blob
+// that is bad in this pack is looked for in others; if there is no good
 // copy fn gets the error, and decides by what it returns whether to go on. The
 // bytes are good only during the call. fn is called from one goroutine at a
 // time, and exactly once for each blob unless it returns an error or ctx is
@@ -114,12 +117,40 @@ func (p *packReader) readSpan(ctx context.Context, blobs []BlobLocation) error {
 	case err == nil:
 		return nil
 	}
+	// What is wrong with one place of the pack must not cost the blobs beside it.
+	alone := len(blobs) > 1 && ofOnePlace(err)
 	for _, b := range blobs[done:] {
-		if err := p.elsewhere(ctx, b, fmt.Errorf("load %s from pack %s: %w", b.Handle, p.id.Str(), err)); err != nil {
-			return err
+		var plain []byte
+		lost := fmt.Errorf("load %s from pack %s: %w", b.Handle, p.id.Str(), err)
+		if alone {
+			if plain, lost = p.repo.loadAt(ctx, b.Handle, KindData, p.here(b)); lost != nil && !ofOnePlace(lost) {
+				alone, err = false, lost
+			}
+		}
+		if lost == nil {
+			lost = p.fn(b, nil, plain, nil)
+		} else {
+			lost = p.elsewhere(ctx, b, lost)
+		}
+		if lost != nil {
+			return lost
 		}
 	}
 	return nil
+}
+
+// ofOnePlace says that another range of the pack may be had. A store that does
+// not answer, or has lost the pack, need not be asked for each blob.
+func ofOnePlace(err error) bool {
+	if errors.Is(err, backend.ErrNotExist) || errors.Is(err, backend.ErrNoStore) {
+		return false
+	}
+	return errors.Is(err, backend.ErrPermanent) || errors.Is(err, ErrDamaged)
+}
+
+// here is where this pack has the blob.
+func (p *packReader) here(b BlobLocation) Location {
+	return Location{Pack: p.id, Offset: b.Offset, Length: b.Length, UncompressedLength: b.UncompressedLength}
 }
 
 // deliver checks the sealed blob just read and passes it on.
@@ -132,8 +163,7 @@ func (p *packReader) deliver(ctx context.Context, b BlobLocation) error {
 		return p.fn(b, text, plain, nil)
 	}
 	// Once more, since the damage may have happened on the way, then elsewhere.
-	here := Location{Pack: p.id, Offset: b.Offset, Length: b.Length, UncompressedLength: b.UncompressedLength}
-	plain, err = p.repo.loadAt(ctx, b.Handle, KindData, here)
+	plain, err = p.repo.loadAt(ctx, b.Handle, KindData, p.here(b))
 	if err == nil {
 		return p.fn(b, nil, plain, nil)
 	}

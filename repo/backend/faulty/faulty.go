@@ -17,7 +17,7 @@
 //     a List that fails so after Keep names; none of them, the call goes on,
 //     just late.
 //   - A limit of [Backend.SetSpace] and the switch of [Backend.Kill] come
-//     before all rules.
+//     before all rules, and a bad place of [Backend.Break] after them.
 //   - Location, Connections and Close never fail.
 //
 // It is for many goroutines; which of several calls at a time is the n-th is
@@ -93,11 +93,18 @@ type Backend struct {
 	counts map[Op]int
 	space  int64 // bytes left; negative: no limit
 	dead   error // nil: alive
+	broken map[backend.Handle]badPlace
+}
+
+// badPlace is a byte of a file that cannot be read.
+type badPlace struct {
+	offset int64
+	err    error
 }
 
 // New decorates be. Without rules it changes nothing.
 func New(be backend.Backend) *Backend {
-	return &Backend{be: be, counts: map[Op]int{}, space: -1}
+	return &Backend{be: be, counts: map[Op]int{}, space: -1, broken: map[backend.Handle]badPlace{}}
 }
 
 // Inject adds a rule.
@@ -116,6 +123,23 @@ func (b *Backend) Heal() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.rules, b.space, b.dead = nil, -1, nil
+	clear(b.broken)
+}
+
+// Break gives a file a bad place: a Load that comes to the byte at offset fails
+// there with err.
+func (b *Backend) Break(h backend.Handle, offset int64, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.broken[h] = badPlace{offset, err}
+}
+
+// bad is the bad place in length bytes (0: up to the end) from offset on.
+func (b *Backend) bad(h backend.Handle, length int, offset int64) (badPlace, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	p, ok := b.broken[h]
+	return p, ok && p.offset >= offset && (length == 0 || p.offset < offset+int64(length))
 }
 
 // SetSpace lets so many more bytes be saved; a Save that needs more fails with
@@ -231,6 +255,9 @@ func (b *Backend) Save(ctx context.Context, h backend.Handle, data []byte) error
 func (b *Backend) Load(ctx context.Context, h backend.Handle, length int, offset int64, fn func(io.Reader) error) error {
 	return b.do(ctx, Load, h.Type, 0, func(r *Rule) error {
 		return b.be.Load(ctx, h, length, offset, func(rd io.Reader) error {
+			if p, ok := b.bad(h, length, offset); ok {
+				rd = &brokenReader{rd, p.offset - offset, p.err}
+			}
 			if r != nil && r.Where == Truncate {
 				rd = &brokenReader{rd, r.Keep, r.Err}
 			}

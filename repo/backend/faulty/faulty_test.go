@@ -162,3 +162,27 @@ func TestDelayEndsWithTheContext(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+func TestABadPlaceIsInTheWayOfThoseWhoComeToItOnly(t *testing.T) {
+	be := newFaulty(t)
+	data := bytes.Repeat([]byte("abc"), 1000)
+	h := backendtest.HandleOf(backend.PackFile, data)
+	if err := be.Save(ctx, h, data); err != nil {
+		t.Fatal(err)
+	}
+	bad := backend.Broken(syscall.EIO)
+	be.Break(h, 1234, bad)
+	for _, c := range []struct {
+		length int
+		offset int64
+		want   error
+	}{{0, 0, bad}, {1234, 0, nil}, {1235, 0, bad}, {1, 1234, bad}, {0, 1235, nil}} {
+		if _, err := backendtest.Load(ctx, be, h, c.length, c.offset); !errors.Is(err, c.want) {
+			t.Errorf("%d bytes from %d: %v", c.length, c.offset, err)
+		}
+	}
+	be.Heal()
+	if _, err := backendtest.Load(ctx, be, h, 0, 0); err != nil {
+		t.Errorf("load after healing: %v", err)
+	}
+}
