@@ -19,7 +19,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"sync/atomic"
@@ -185,106 +184,6 @@ func (b *Backend) storageClass(h backend.Handle) string {
 	default:
 		return c
 	}
-}
-
-// Load asks for exactly the range and refuses another length before fn runs.
-func (b *Backend) Load(ctx context.Context, h backend.Handle, length int, offset int64, fn func(io.Reader) error) error {
-	return b.do(ctx, "load", h, func(key string) error {
-		if length < 0 || offset < 0 {
-			return permanentf("read %d bytes at %d: %w", length, offset, backend.ErrRange)
-		}
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel() // before Close, which would read the rest
-		body, n, err := b.get(ctx, key, length, offset)
-		if isCode(err, minio.InvalidRange) {
-			return b.beyond(ctx, key, length, offset, fn)
-		}
-		if err != nil {
-			return err
-		}
-		defer body.Close()
-		if length > 0 && n != int64(length) {
-			return backend.OutOfRange(length, offset, offset+n)
-		}
-		return b.consume(body, n, fn)
-	})
-}
-
-// get opens the object and says how many bytes follow.
-func (b *Backend) get(ctx context.Context, key string, length int, offset int64) (io.ReadCloser, int64, error) {
-	var opts minio.GetObjectOptions
-	switch {
-	case length > 0:
-		opts.Set("Range", fmt.Sprintf("bytes=%d-%d", offset, offset+int64(length)-1))
-	case offset > 0:
-		opts.Set("Range", fmt.Sprintf("bytes=%d-", offset))
-	}
-	body, info, header, err := b.core.GetObject(ctx, b.loc.Bucket, key, opts)
-	if err != nil {
-		return nil, 0, err
-	}
-	if (length > 0 || offset > 0) && header.Get("Content-Range") == "" {
-		body.Close()
-		return nil, 0, permanentf("read %d bytes at %d: the server or a proxy before it ignores ranges", length, offset)
-	}
-	return body, info.Size, nil
-}
-
-// beyond handles a range that the server refused: it starts at the end of the
-// file or behind it. Nothing from the very end on is a range that every file
-// holds.
-func (b *Backend) beyond(ctx context.Context, key string, length int, offset int64, fn func(io.Reader) error) error {
-	size, err := b.head(ctx, key)
-	if err != nil {
-		return err
-	}
-	if length == 0 && offset == size {
-		return b.consume(bytes.NewReader(nil), 0, fn)
-	}
-	return backend.OutOfRange(length, offset, size)
-}
-
-func (b *Backend) consume(body io.Reader, n int64, fn func(io.Reader) error) error {
-	r := &backend.WatchedReader{R: backend.ExactReader(body, n)}
-	err := fn(r)
-	if err != nil && r.Err != nil {
-		return fmt.Errorf("read the answer: %w", r.Err)
-	}
-	return consumed(err)
-}
-
-// Stat asks for the object's head.
-func (b *Backend) Stat(ctx context.Context, h backend.Handle) (backend.FileInfo, error) {
-	fi := backend.FileInfo{Name: h.Name}
-	err := b.do(ctx, "stat", h, func(key string) (err error) {
-		fi.Size, err = b.head(ctx, key)
-		return err
-	})
-	if err != nil {
-		return backend.FileInfo{}, err
-	}
-	return fi, nil
-}
-
-// head asks for the object's size. The answer to a HEAD has no body that could
-// tell a missing key from a missing bucket, or what is wrong with the
-// signature, so a refusal is asked for again by a GET.
-func (b *Backend) head(ctx context.Context, key string) (int64, error) {
-	info, err := b.core.StatObject(ctx, b.loc.Bucket, key, minio.StatObjectOptions{})
-	if err == nil {
-		return info.Size, nil
-	}
-	if !errors.As(err, new(minio.ErrorResponse)) {
-		return 0, err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	body, size, err := b.get(ctx, key, 0, 0)
-	if err != nil {
-		return 0, err
-	}
-	body.Close()
-	return size, nil
 }
 
 // Remove looks first, since a server deletes what is not there without a word.
