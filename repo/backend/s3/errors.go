@@ -87,12 +87,28 @@ func (b *Backend) explainResponse(t backend.FileType, e minio.ErrorResponse) err
 	if strings.Contains(e.Message, "HTTPS server") || strings.Contains(e.Message, "HTTPS port") {
 		return permanentf("%s speaks TLS, write s3:https://%s/…", host, host)
 	}
-	switch e.StatusCode {
-	case http.StatusUnauthorized, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotImplemented,
-		http.StatusMovedPermanently, http.StatusPermanentRedirect:
+	if !passes(e) {
 		return backend.Permanent(err)
 	}
 	return err
+}
+
+// passes says that the same request may be answered otherwise next time.
+func passes(e minio.ErrorResponse) bool {
+	switch e.StatusCode {
+	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooEarly, http.StatusTooManyRequests,
+		499: // the connection broke, as nginx and MinIO say it
+		return true
+	case http.StatusMovedPermanently, http.StatusPermanentRedirect, http.StatusNotImplemented:
+		return false
+	}
+	switch e.Code {
+	case "RequestTimeout", minio.IncompleteBody, minio.BadDigest, // damaged or cut off on the way
+		"XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch",
+		"ThrottlingException", "Throttling", "KMS.ThrottlingException": // Amazon's of the keys service comes with status 400
+		return true
+	}
+	return e.StatusCode < 400 || e.StatusCode >= 500
 }
 
 func (b *Backend) skewed() error {
