@@ -16,7 +16,7 @@ import (
 // List reads the server's listing page by page, and calls fn for each page
 // before it asks for the next.
 func (b *Backend) List(ctx context.Context, t backend.FileType, fn func(backend.FileInfo) error) error {
-	if err := b.list(ctx, t, fn); err != nil {
+	if err := b.regional(func() error { return b.list(ctx, t, fn) }); err != nil {
 		return fmt.Errorf("list %s files in %s: %w", t, b.loc, b.explain(t, err))
 	}
 	return nil

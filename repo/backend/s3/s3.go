@@ -19,6 +19,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"sync/atomic"
@@ -28,10 +29,9 @@ import (
 	"github.com/minio/minio-go/v7"
 )
 
-// clientTries is how often the S3 client itself sends a request: once more
-// with the bucket's true region or with renewed credentials. All other retries
-// are package retry's, which reports them.
-const clientTries = 2
+// clientTries is how often the S3 client itself sends a request. Retries are
+// package retry's, which reports them.
+const clientTries = 1
 
 // Backend is a store in a bucket.
 type Backend struct {
@@ -101,11 +101,12 @@ func (b *Backend) Create(ctx context.Context) error {
 		return err
 	}
 	// Listing, unlike a HEAD of the bucket, answers with the reason.
-	var err error
-	for obj := range b.objects(ctx, "config", 1) {
-		err = obj.Err
-		break
-	}
+	err := b.regional(func() error {
+		for obj := range b.objects(ctx, "config", 1) {
+			return obj.Err
+		}
+		return nil
+	})
 	if err == nil || isCode(err, minio.AccessDenied) {
 		return ctx.Err()
 	}
@@ -131,12 +132,27 @@ func (b *Backend) do(ctx context.Context, verb string, h backend.Handle, op func
 	}
 	err := ctx.Err()
 	if err == nil {
-		err = op(b.loc.key(layout.Path(h)))
+		err = b.regional(func() error { return op(b.loc.key(layout.Path(h))) })
 	}
 	if err != nil {
 		return fmt.Errorf("%s %v in %s: %w", verb, h, b.loc, b.explain(h.Type, err))
 	}
 	return nil
+}
+
+// regional calls op, and once more if the answer told of another region, which
+// the client has noted then. Such an answer is the first.
+func (b *Backend) regional(op func() error) error {
+	err := op()
+	var resp minio.ErrorResponse
+	if b.opts.Region != "" || errors.As(err, new(callerError)) || !errors.As(err, &resp) || resp.Region == "" {
+		return err
+	}
+	switch resp.Code {
+	case minio.AuthorizationHeaderMalformed, minio.InvalidRegion, minio.AccessDenied:
+		return op()
+	}
+	return err
 }
 
 // Save puts the object in one request. For the config file the request is
@@ -157,12 +173,27 @@ func (b *Backend) Save(ctx context.Context, h backend.Handle, data []byte) error
 		err := b.put(ctx, key, data, conditional)
 		switch {
 		case isCode(err, minio.PreconditionFailed):
-			return backend.Permanent(backend.ErrExist)
+			return b.unlessStored(ctx, key, data)
 		case isCode(err, minio.NotImplemented):
 			return b.put(ctx, key, data, opts)
 		}
 		return err
 	})
+}
+
+// unlessStored is ErrExist, unless the file that is there is data: a proxy may
+// have sent our request twice.
+func (b *Backend) unlessStored(ctx context.Context, key string, data []byte) error {
+	body, n, err := b.get(ctx, key, 0, 0)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	stored, err := io.ReadAll(io.LimitReader(body, min(n, int64(len(data))+1)))
+	if err == nil && !bytes.Equal(stored, data) {
+		err = backend.Permanent(backend.ErrExist)
+	}
+	return err
 }
 
 func (b *Backend) put(ctx context.Context, key string, data []byte, opts minio.PutObjectOptions) error {
