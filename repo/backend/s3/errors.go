@@ -50,6 +50,9 @@ func (b *Backend) explain(t backend.FileType, err error) error {
 
 func (b *Backend) explainResponse(t backend.FileType, e minio.ErrorResponse) error {
 	host, bucket := b.loc.Host, b.loc.Bucket
+	if unexplained(e) {
+		return fmt.Errorf("the answer 404 without a reason is not one of an S3 server: a proxy's before %s, or another server's", host)
+	}
 	switch e.Code {
 	case minio.NoSuchKey:
 		return backend.ErrNotExist
@@ -109,6 +112,13 @@ func passes(e minio.ErrorResponse) bool {
 		return true
 	}
 	return e.StatusCode < 400 || e.StatusCode >= 500
+}
+
+// unexplained tells a 404 that may be anybody's, a load balancer's that has lost
+// its servers, from one of S3, which has the reason in its body. The client makes
+// up a missing key or bucket for it.
+func unexplained(e minio.ErrorResponse) bool {
+	return e.StatusCode == http.StatusNotFound && e.XMLName.Local == ""
 }
 
 func (b *Backend) skewed() error {

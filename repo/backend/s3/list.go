@@ -53,6 +53,10 @@ func (b *Backend) objects(ctx context.Context, folder string, pageSize int) iter
 	if strings.HasSuffix(folder, "/") {
 		prefix += "/" // which joining cleaned away
 	}
+	return b.withPrefix(ctx, prefix, pageSize)
+}
+
+func (b *Backend) withPrefix(ctx context.Context, prefix string, pageSize int) iter.Seq[minio.ObjectInfo] {
 	return b.core.ListObjectsIter(ctx, b.loc.Bucket, minio.ListObjectsOptions{
 		Prefix: prefix, Recursive: true, UseV1: b.opts.ListV1, MaxKeys: pageSize, FetchOwner: new(bool),
 	})

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 
 	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/minio/minio-go/v7"
@@ -36,7 +37,7 @@ func (b *Backend) Load(ctx context.Context, h backend.Handle, length int, offset
 // get opens the object and says how many bytes follow: length, if it is not 0.
 func (b *Backend) get(ctx context.Context, key string, length int, offset int64) (io.ReadCloser, int64, error) {
 	if length == 0 && offset == 0 {
-		body, info, _, err := b.core.GetObject(ctx, b.loc.Bucket, key, minio.GetObjectOptions{})
+		body, info, _, err := b.open(ctx, key, minio.GetObjectOptions{})
 		if err != nil || info.Size >= 0 {
 			return body, info.Size, err
 		}
@@ -71,7 +72,7 @@ type byteRange struct{ first, last, size int64 }
 func (b *Backend) getRange(ctx context.Context, key, want string) (io.ReadCloser, byteRange, error) {
 	var opts minio.GetObjectOptions
 	opts.Set("Range", want)
-	body, _, header, err := b.core.GetObject(ctx, b.loc.Bucket, key, opts)
+	body, _, header, err := b.open(ctx, key, opts)
 	if err != nil {
 		return nil, byteRange{}, err
 	}
@@ -87,6 +88,28 @@ func (b *Backend) getRange(ctx context.Context, key, want string) (io.ReadCloser
 		return nil, r, fmt.Errorf("read %s: the answer is for %q", want, oneLine(said))
 	}
 	return body, r, nil
+}
+
+// open sends the request. Whether the file is missing is left to the listing if
+// the answer gives no reason.
+func (b *Backend) open(ctx context.Context, key string, opts minio.GetObjectOptions) (io.ReadCloser, minio.ObjectInfo, http.Header, error) {
+	body, info, header, err := b.core.GetObject(ctx, b.loc.Bucket, key, opts)
+	var resp minio.ErrorResponse
+	if !errors.As(err, &resp) || !unexplained(resp) {
+		return body, info, header, err
+	}
+	for obj := range b.withPrefix(ctx, key, 1) {
+		switch {
+		case isCode(obj.Err, minio.NoSuchBucket):
+			return nil, info, nil, obj.Err
+		case obj.Err != nil || obj.Key == key:
+			return nil, info, nil, err
+		}
+	}
+	if ctx.Err() != nil {
+		return nil, info, nil, ctx.Err()
+	}
+	return nil, info, nil, backend.ErrNotExist
 }
 
 // beyond handles a range that the server refused: it starts at the end of the

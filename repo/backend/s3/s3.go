@@ -165,7 +165,7 @@ func (b *Backend) Save(ctx context.Context, h backend.Handle, data []byte) error
 		}
 		if _, err := b.head(ctx, key); err == nil {
 			return backend.Permanent(backend.ErrExist)
-		} else if !isCode(err, minio.NoSuchKey) {
+		} else if !isCode(err, minio.NoSuchKey) && !errors.Is(err, backend.ErrNotExist) {
 			return err
 		}
 		conditional := opts
@@ -229,5 +229,5 @@ func (b *Backend) Remove(ctx context.Context, h backend.Handle) error {
 
 func isCode(err error, code string) bool {
 	var resp minio.ErrorResponse
-	return errors.As(err, &resp) && resp.Code == code
+	return errors.As(err, &resp) && resp.Code == code && !unexplained(resp)
 }
