@@ -113,7 +113,9 @@ func (r *Repository) LoadSnapshot(ctx context.Context, id ID) (*Snapshot, error)
 }
 
 // ListSnapshots calls fn for every snapshot, in no order, from one goroutine at
-// a time, with the error if it could not be loaded. An error of fn ends it.
+// a time, with the error if it could not be loaded. That is [backend.ErrNotExist]
+// for one that the store does not have and goes on listing; one that was removed
+// meanwhile is left out. An error of fn ends it.
 func (r *Repository) ListSnapshots(ctx context.Context, fn func(ID, *Snapshot, error) error) error {
 	files, err := listIDs(ctx, r.be, backend.SnapshotFile)
 	if err != nil {
@@ -121,23 +123,41 @@ func (r *Repository) ListSnapshots(ctx context.Context, fn func(ID, *Snapshot, e
 	}
 	r.forgetCachedSnapshots(files)
 	var mu sync.Mutex
-	g, ctx := errgroup.WithContext(ctx)
+	var gone map[ID]error
+	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(max(1, r.be.Connections()))
 	for _, f := range files {
 		g.Go(func() error {
-			s, err := r.LoadSnapshot(ctx, f.id)
-			if errors.Is(err, backend.ErrNotExist) {
-				return nil // removed since it was listed
-			}
+			s, err := r.LoadSnapshot(gctx, f.id)
 			mu.Lock()
 			defer mu.Unlock()
-			if ctx.Err() != nil {
-				return ctx.Err()
+			if gctx.Err() != nil {
+				return gctx.Err()
+			}
+			if errors.Is(err, backend.ErrNotExist) {
+				if gone == nil {
+					gone = map[ID]error{}
+				}
+				gone[f.id] = err
+				return nil
 			}
 			return fn(f.id, s, err)
 		})
 	}
-	return g.Wait()
+	if err := g.Wait(); err != nil || len(gone) == 0 {
+		return err
+	}
+	if files, err = listIDs(ctx, r.be, backend.SnapshotFile); err != nil {
+		return err
+	}
+	for _, f := range files {
+		if err := gone[f.id]; err != nil {
+			if err := fn(f.id, nil, fmt.Errorf("%w, and the store lists it", err)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (r *Repository) forgetCachedSnapshots(files []listed) {

@@ -161,6 +161,8 @@ func (c *checker) tell(phase string, done, total int64) {
 func (c *checker) snapshots(ctx context.Context) error {
 	return c.repo.ListSnapshots(ctx, func(id repo.ID, s *repo.Snapshot, err error) error {
 		switch {
+		case errors.Is(err, backend.ErrNotExist):
+			c.report(Problem{Kind: "snapshot", ID: id, Message: "the store lists it, and does not have it"})
 		case err != nil && !errors.Is(err, repo.ErrDamaged):
 			return err
 		case err != nil:

@@ -187,15 +187,15 @@ func (c *checker) compareEntries(id repo.ID, number int32, rep *repo.PackReport)
 func (c *checker) packRead(id repo.ID, rep repo.PackReport, err error) error {
 	switch {
 	case errors.Is(err, backend.ErrNotExist):
-		return nil // named before, or removed meanwhile without a lock
+		// Only packs that are listed are read.
+		c.lose(id, "the store lists it, and does not have it", fmt.Sprintf("pack %s is missing", id.Str()))
+		return nil
 	case err != nil:
 		return err
 	case rep.Problem == "" && len(rep.Bad) == 0:
 		return nil
 	}
-	if !slices.Contains(c.res.BrokenPacks, id) {
-		c.res.BrokenPacks = append(c.res.BrokenPacks, id)
-	}
+	c.broken(id)
 	if rep.Problem != "" {
 		c.report(Problem{Kind: "pack", ID: id, Message: rep.Problem})
 	}
@@ -204,4 +204,17 @@ func (c *checker) packRead(id repo.ID, rep repo.PackReport, err error) error {
 		c.report(Problem{Kind: "blob", ID: b.ID, Message: fmt.Sprintf("%v, in pack %s", why, id.Str())})
 	}
 	return nil
+}
+
+// lose reports that nothing of a pack can be had. The caller holds a lock.
+func (c *checker) lose(id repo.ID, problem, why string) {
+	c.broken(id)
+	c.damage.packs[id] = packDamage{-1, why}
+	c.report(Problem{Kind: "pack", ID: id, Message: problem})
+}
+
+func (c *checker) broken(id repo.ID) {
+	if !slices.Contains(c.res.BrokenPacks, id) {
+		c.res.BrokenPacks = append(c.res.BrokenPacks, id)
+	}
 }
