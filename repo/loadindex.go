@@ -66,8 +66,8 @@ func (r *Repository) LoadGoodIndex(ctx context.Context) (bad map[ID]error, err e
 	return bad, err
 }
 
-// loadIndex calls skip, from many goroutines, with the files that are damaged
-// or gone, which are an error if it is nil.
+// loadIndex calls skip, from many goroutines, with the files that are damaged,
+// gone or not readable, which are an error if it is nil.
 func (r *Repository) loadIndex(ctx context.Context, skip func(ID, error)) error {
 	r.loadMu.Lock()
 	defer r.loadMu.Unlock()
@@ -157,7 +157,7 @@ func (r *Repository) convertAll(ctx context.Context, wanted map[ID]bool, skip fu
 		g.Go(func() error {
 			t, err := r.convert(ctx, id)
 			if err != nil {
-				if skip != nil && (errors.Is(err, ErrDamaged) || errors.Is(err, backend.ErrNotExist)) {
+				if skip != nil && (errors.Is(err, ErrDamaged) || errors.Is(err, backend.ErrNotExist) || unreadable(err)) {
 					skip(id, err)
 					return nil
 				}

@@ -5,14 +5,17 @@ package repo
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 
+	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/repo/pack"
 )
 
 // PackReport is what reading a whole pack shows.
 type PackReport struct {
 	Problem string         // of the file as a whole; "" if there is none
+	Unread  error          // why the store does not give the file, if that is the problem
 	Blobs   []BlobLocation // as the header lists them; nil if it cannot be read
 	// Bad are blobs that cannot be had from this pack, and why.
 	Bad map[BlobLocation]error
@@ -21,8 +24,10 @@ type PackReport struct {
 // ReadPack reads a pack from end to end: whether its bytes match its name, its
 // header can be read, and each blob is what its ID says. entries, what the index
 // lists, are looked at too where the header does not have them; nil if only the
-// header is to be believed. An error means that the store did not give the file.
-// It reads a second time before it believes in damage. Memory: the pack.
+// header is to be believed. If the store gives the pack, but for good not all of
+// it, as a disk with a bad sector does, they are read one by one. An error means
+// that the store did not give the pack. It reads a second time before it believes
+// in damage. Memory: the pack.
 func (r *Repository) ReadPack(ctx context.Context, id ID, entries []BlobLocation) (PackReport, error) {
 	rep, err := r.readPackOnce(ctx, id, entries)
 	if err == nil && (rep.Problem != "" || len(rep.Bad) > 0) {
@@ -33,6 +38,11 @@ func (r *Repository) ReadPack(ctx context.Context, id ID, entries []BlobLocation
 
 func (r *Repository) readPackOnce(ctx context.Context, id ID, entries []BlobLocation) (rep PackReport, err error) {
 	data, err := loadFile(ctx, r.be, packHandle(id))
+	if err != nil && unreadable(err) {
+		rep.Unread, rep.Problem = err, fmt.Sprintf("it cannot be read: %v", err)
+		rep.Bad, err = r.readBlobs(ctx, id, entries)
+		return rep, err
+	}
 	if err != nil {
 		return rep, fmt.Errorf("read pack %s: %w", id.Str(), err)
 	}
@@ -69,4 +79,27 @@ func (r *Repository) readPackOnce(ctx context.Context, id ID, entries []BlobLoca
 		}
 	}
 	return rep, nil
+}
+
+// readBlobs reads blobs of a pack one by one, and says which cannot be had.
+func (r *Repository) readBlobs(ctx context.Context, id ID, blobs []BlobLocation) (map[BlobLocation]error, error) {
+	bad := map[BlobLocation]error{}
+	for _, b := range blobs {
+		here := Location{Pack: id, Offset: b.Offset, Length: b.Length, UncompressedLength: b.UncompressedLength}
+		_, err := r.loadAt(ctx, b.Handle, KindData, here)
+		switch {
+		case err == nil:
+		case errors.Is(err, ErrDamaged) || unreadable(err):
+			bad[b] = err
+		default:
+			return bad, err
+		}
+	}
+	return bad, nil
+}
+
+// unreadable reports an error of one file, or of a place in it, that no retry
+// mends: not of a store that is gone, nor of a file that is.
+func unreadable(err error) bool {
+	return errors.Is(err, backend.ErrPermanent) && !errors.Is(err, backend.ErrNoStore) && !errors.Is(err, backend.ErrNotExist)
 }

@@ -129,6 +129,7 @@ func checkDevices(ctx context.Context, g *globals, r *repo.Repository, p *progre
 	}
 	sum.Devices, err = devicecheck.Devices(ctx, snapshot.Store{Repository: r}, devicecheck.Options{
 		Snapshots: res.Snapshots, Touched: touched, Blob: res.Damage.Blob,
+		Alive:    func(ctx context.Context) error { return check.Alive(ctx, r) },
 		Progress: func(done, total int64) { p.count("checking devices", done, total) },
 		Report: func(f devicecheck.Finding) {
 			p.end()

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/repo/backend"
@@ -58,7 +59,8 @@ type checker struct {
 	sizes   []int64           // of each pack by the index
 	damage  *Damage
 
-	unlisted []repo.ID // packs that no index lists
+	unlisted   []repo.ID // packs that no index lists
+	unanswered atomic.Int32
 
 	mu      sync.Mutex
 	res     *Result
@@ -89,7 +91,10 @@ func (c *checker) run(ctx context.Context) error {
 		return err
 	}
 	for id, err := range bad {
-		c.report(Problem{Kind: "index", ID: id, Message: err.Error()})
+		if end := c.blame(ctx, err); end != nil {
+			return end
+		}
+		c.report(Problem{Kind: "index", ID: id, Message: unread(err).Error()})
 		c.res.SuggestRepairIndex = true
 	}
 	if c.catalog, err = c.repo.Catalog(); err != nil {
@@ -163,10 +168,13 @@ func (c *checker) snapshots(ctx context.Context) error {
 		switch {
 		case errors.Is(err, backend.ErrNotExist):
 			c.report(Problem{Kind: "snapshot", ID: id, Message: "the store lists it, and does not have it"})
-		case err != nil && !errors.Is(err, repo.ErrDamaged):
-			return err
-		case err != nil:
+		case errors.Is(err, repo.ErrDamaged):
 			c.report(Problem{Kind: "snapshot", ID: id, Message: err.Error() + "; `forget` with its ID removes it"})
+		case err != nil:
+			if end := c.blame(ctx, err); end != nil {
+				return end
+			}
+			c.report(Problem{Kind: "snapshot", ID: id, Message: unread(err).Error()})
 		case s.Tree == nil:
 			c.report(Problem{Kind: "snapshot", ID: id, Message: "it has no tree"})
 		default:
@@ -256,7 +264,7 @@ func (c *checker) trees(ctx context.Context) error {
 		}
 		return false, nil
 	}
-	return c.repo.WalkTrees(ctx, roots, first, func(_ context.Context, id repo.ID, data []byte, err error) ([]repo.ID, error) {
+	return c.repo.WalkTrees(ctx, roots, first, func(ctx context.Context, id repo.ID, data []byte, err error) ([]repo.ID, error) {
 		mu.Lock()
 		done++
 		c.tell(PhaseTrees, done, 0)
@@ -264,8 +272,10 @@ func (c *checker) trees(ctx context.Context) error {
 		var t *repo.Tree
 		if err == nil {
 			t, err = repo.DecodeTree(data)
-		} else if !isDamage(err) {
-			return nil, err
+		} else if end := c.blame(ctx, err); end != nil {
+			return nil, end
+		} else {
+			err = unread(err)
 		}
 		if err != nil {
 			c.damage.badTree(id, err)
@@ -322,9 +332,3 @@ var knownType = map[repo.NodeType]bool{
 
 func treeBlob(id repo.ID) repo.BlobHandle { return repo.BlobHandle{Type: repo.TreeBlob, ID: id} }
 func dataBlob(id repo.ID) repo.BlobHandle { return repo.BlobHandle{Type: repo.DataBlob, ID: id} }
-
-// isDamage tells what is lost from a store that does not answer.
-func isDamage(err error) bool {
-	return errors.Is(err, repo.ErrDamaged) || errors.Is(err, repo.ErrBlobNotFound) ||
-		errors.Is(err, backend.ErrNotExist) || errors.Is(err, backend.ErrRange)
-}

@@ -6,6 +6,7 @@
 // It promises that a repository in which it finds nothing is one of which each
 // snapshot's every blob is in the index, in a pack that the store has in the
 // right size (and, as far as packs were read, that its bytes are right); and that
-// each thing that is damaged is named once, with the snapshots that need it. It
-// changes nothing, and knows nothing of devices: whoever does asks the [Damage].
+// each thing that is damaged, or cannot be read from a store that is there, is
+// named once, with the snapshots that need it. It changes nothing, and knows
+// nothing of devices: whoever does asks the [Damage].
 package check

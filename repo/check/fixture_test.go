@@ -5,6 +5,7 @@ package check
 import (
 	"context"
 	"encoding/binary"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"path/filepath"
@@ -21,31 +22,51 @@ import (
 
 const testPassword = "correct horse"
 
-// lossy is a store that does not give some files.
+// lossy is a store that does not give some files, or not all of them.
 type lossy struct {
 	backend.Backend
 	mu   sync.Mutex
-	lost map[backend.Handle]error
+	lost map[backend.Handle]lost
 	all  error // nothing can be had
 }
 
+// lost is the byte of a file that cannot be read; -1: nothing can be.
+type lost struct {
+	at  int64
+	err error
+}
+
 func (b *lossy) Load(ctx context.Context, h backend.Handle, length int, offset int64, fn func(io.Reader) error) error {
-	b.mu.Lock()
-	err := b.lost[h]
-	if b.all != nil {
-		err = b.all
-	}
-	b.mu.Unlock()
-	if err != nil {
-		return err
+	if err := b.fails(h, length, offset); err != nil {
+		return fmt.Errorf("load %s: %w", h, err)
 	}
 	return b.Backend.Load(ctx, h, length, offset, fn)
 }
 
-func (b *lossy) lose(t backend.FileType, id repo.ID, err error) {
+func (b *lossy) fails(h backend.Handle, length int, offset int64) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.lost[backend.Handle{Type: t, Name: id.String()}] = err
+	l, ok := b.lost[h]
+	switch {
+	case b.all != nil:
+		return b.all
+	case !ok || l.at >= 0 && (l.at < offset || length > 0 && l.at >= offset+int64(length)):
+		return nil
+	}
+	return l.err
+}
+
+func (b *lossy) lose(t backend.FileType, id repo.ID, at int64, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.lost[backend.Handle{Type: t, Name: id.String()}] = lost{at, err}
+}
+
+func (b *lossy) heal() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	clear(b.lost)
+	b.all = nil
 }
 
 // fixture is a repository with a pack of trees, and packs of data of which each
@@ -66,7 +87,7 @@ func newFixture(t testing.TB, snapshots, packSize int) *fixture {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { be.Close() })
-	f := &fixture{TB: t, be: &lossy{Backend: be, lost: map[backend.Handle]error{}}}
+	f := &fixture{TB: t, be: &lossy{Backend: be, lost: map[backend.Handle]lost{}}}
 	f.repo, err = repo.Init(t.Context(), f.be, testPassword, repo.Options{KDF: repo.KDFParams{N: 1024, R: 8, P: 1}, Compression: repo.CompressionOff})
 	if err != nil {
 		t.Fatal(err)

@@ -105,6 +105,9 @@ func (c *checker) readData(ctx context.Context) error {
 	var headless []repo.ID
 	err := c.eachPack(ctx, picked, func(ctx context.Context, id repo.ID) error {
 		rep, err := c.repo.ReadPack(ctx, id, nil)
+		if end := c.blameFor(ctx, rep, err); end != nil {
+			return end
+		}
 		if err == nil && rep.Blobs != nil {
 			c.compareEntries(id, numbers[id], &rep)
 		}
@@ -116,7 +119,8 @@ func (c *checker) readData(ctx context.Context) error {
 		}
 		done += present[id]
 		c.tell(PhaseData, done, total)
-		return c.packRead(id, rep, err)
+		c.packRead(id, rep, err)
+		return nil
 	})
 	if err != nil || len(headless) == 0 {
 		return err
@@ -140,12 +144,27 @@ func (c *checker) readData(ctx context.Context) error {
 	}
 	return c.eachPack(ctx, headless, func(ctx context.Context, id repo.ID) error {
 		rep, err := c.repo.ReadPack(ctx, id, entries[id])
+		if end := c.blameFor(ctx, rep, err); end != nil {
+			return end
+		}
 		mu.Lock()
 		defer mu.Unlock()
 		done += present[id]
 		c.tell(PhaseData, done, total)
-		return c.packRead(id, rep, err)
+		c.packRead(id, rep, err)
+		return nil
 	})
+}
+
+// blameFor is blame for what reading a pack gave.
+func (c *checker) blameFor(ctx context.Context, rep repo.PackReport, err error) error {
+	if err == nil {
+		err = rep.Unread
+	}
+	if err == nil {
+		return nil
+	}
+	return c.blame(ctx, err)
 }
 
 func (c *checker) eachPack(ctx context.Context, ids []repo.ID, fn func(context.Context, repo.ID) error) error {
@@ -184,16 +203,17 @@ func (c *checker) compareEntries(id repo.ID, number int32, rep *repo.PackReport)
 }
 
 // packRead reports what reading a pack showed. The caller holds a lock.
-func (c *checker) packRead(id repo.ID, rep repo.PackReport, err error) error {
+func (c *checker) packRead(id repo.ID, rep repo.PackReport, err error) {
 	switch {
 	case errors.Is(err, backend.ErrNotExist):
 		// Only packs that are listed are read.
 		c.lose(id, "the store lists it, and does not have it", fmt.Sprintf("pack %s is missing", id.Str()))
-		return nil
+		return
 	case err != nil:
-		return err
+		c.lose(id, unread(err).Error(), fmt.Sprintf("pack %s cannot be read: %v", id.Str(), err))
+		return
 	case rep.Problem == "" && len(rep.Bad) == 0:
-		return nil
+		return
 	}
 	c.broken(id)
 	if rep.Problem != "" {
@@ -203,7 +223,6 @@ func (c *checker) packRead(id repo.ID, rep repo.PackReport, err error) error {
 		c.damage.places[place{id, b.Offset}] = fmt.Errorf("%w, in pack %s", why, id.Str())
 		c.report(Problem{Kind: "blob", ID: b.ID, Message: fmt.Sprintf("%v, in pack %s", why, id.Str())})
 	}
-	return nil
 }
 
 // lose reports that nothing of a pack can be had. The caller holds a lock.

@@ -72,7 +72,10 @@ type Options struct {
 	// Touched are the snapshots that need something which is damaged, and why.
 	Touched map[repo.ID]error
 	// Blob says why a blob cannot be had, or nil.
-	Blob     func(repo.BlobHandle) error
+	Blob func(repo.BlobHandle) error
+	// Alive is asked before a snapshot is called damaged: its error, that of a store
+	// which does not answer any more, ends the check. It may be nil.
+	Alive    func(context.Context) error
 	Report   func(Finding)
 	Progress func(done, total int64) // of snapshots; may be nil
 }
@@ -135,8 +138,7 @@ func (c *checker) snapshot(ctx context.Context, id repo.ID, sn *repo.Snapshot) (
 		if touched != nil {
 			f.because(touched)
 		}
-		c.Report(f)
-		return 0, nil
+		return 0, c.report(ctx, f)
 	}
 	for _, d := range devices {
 		f, err := c.device(ctx, d, touched != nil)
@@ -146,11 +148,24 @@ func (c *checker) snapshot(ctx context.Context, id repo.ID, sn *repo.Snapshot) (
 		if touched != nil && len(devices) == 1 {
 			f.because(touched)
 		}
-		if len(f.Causes) > 0 {
-			c.Report(f)
+		if len(f.Causes) == 0 {
+			continue
+		}
+		if err := c.report(ctx, f); err != nil {
+			return 0, err
 		}
 	}
 	return len(devices), nil
+}
+
+func (c *checker) report(ctx context.Context, f Finding) error {
+	if c.Alive != nil {
+		if err := c.Alive(ctx); err != nil {
+			return fmt.Errorf("%w; %s", err, strings.Join(f.Causes, "; "))
+		}
+	}
+	c.Report(f)
+	return nil
 }
 
 // device checks one device.
