@@ -13,15 +13,18 @@
 //   - A rule that fires first waits for Delay (or until ctx is done), then
 //     does one of: Before, the call is not passed on; After, the call is
 //     passed on, and its success is turned into Err (the answer that got
-//     lost); Truncate, a Load whose reader fails with Err after Keep bytes, or
-//     a List that fails so after Keep names; none of them, the call goes on,
-//     just late.
+//     lost); Truncate, a Load whose reader fails with Err after Keep bytes, a
+//     List that fails so after Keep names, or a Save that fails so when it has
+//     stored the first Keep bytes under the file's own name, as a store that
+//     is not atomic may; none of them, the call goes on, just late.
+//   - With a Rate the bytes of a Save or a Load pass no faster than that, and
+//     a Save or a Load that waits for its turn ends when ctx is done.
 //   - A limit of [Backend.SetSpace] and the switch of [Backend.Kill] come
 //     before all rules, and a bad place of [Backend.Break] after them.
 //   - Location, Connections and Close never fail.
 //
 // It is for many goroutines; which of several calls at a time is the n-th is
-// then up to chance. It never changes the data that passes.
+// then up to chance. It never changes the data that passes; Truncate cuts it.
 package faulty
 
 import (
@@ -54,6 +57,10 @@ const (
 // ErrInjected is the error of a rule that names none. A retry may mend it.
 var ErrInjected = errors.New("injected fault")
 
+// ErrThrottled is what a store says that wants fewer calls (503 and 429 in
+// HTTP): use it as a rule's Err. A retry may mend it.
+var ErrThrottled = fmt.Errorf("slow down: %w", ErrInjected)
+
 // ErrNoSpace is the permanent error of a store that is full.
 var ErrNoSpace = backend.Permanent(fmt.Errorf("the store is full: %w", syscall.ENOSPC))
 
@@ -65,7 +72,7 @@ const (
 	Nowhere  Where = iota // it only waits
 	Before                // instead of the call
 	After                 // the call is done, its success is hidden
-	Truncate              // in the middle of reading, Load and List only
+	Truncate              // in the middle: Save, Load and List only
 )
 
 // Rule says which calls fail and how.
@@ -77,6 +84,7 @@ type Rule struct {
 	Every int                // each so-manieth in range is hit; 0: each
 
 	Delay time.Duration
+	Rate  int64 // bytes per second of a Save or a Load; 0: no limit
 	Where Where
 	Keep  int64 // Truncate: bytes or names that come before the error
 	Err   error // nil: ErrInjected
@@ -214,10 +222,8 @@ func (b *Backend) do(ctx context.Context, op Op, t backend.FileType, size int, c
 		}
 		return err
 	}
-	select {
-	case <-time.After(r.Delay):
-	case <-ctx.Done():
-		return ctx.Err()
+	if err := sleep(ctx, r.Delay); err != nil {
+		return err
 	}
 	if r.Where == Before {
 		return r.Err
@@ -227,6 +233,23 @@ func (b *Backend) do(ctx context.Context, op Op, t backend.FileType, size int, c
 		err = r.Err
 	}
 	return err
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// pass waits for as long as n bytes take under the rule.
+func (r *Rule) pass(ctx context.Context, n int) error {
+	if r == nil || r.Rate <= 0 {
+		return nil
+	}
+	return sleep(ctx, time.Duration(n)*time.Second/time.Duration(r.Rate))
 }
 
 // Location is the decorated store's.
@@ -248,7 +271,20 @@ func (b *Backend) Create(ctx context.Context) error {
 
 // Save is under the rules.
 func (b *Backend) Save(ctx context.Context, h backend.Handle, data []byte) error {
-	return b.do(ctx, Save, h.Type, len(data), func(*Rule) error { return b.be.Save(ctx, h, data) })
+	return b.do(ctx, Save, h.Type, len(data), func(r *Rule) error {
+		cut := r != nil && r.Where == Truncate
+		if cut {
+			data = data[:min(r.Keep, int64(len(data)))]
+		}
+		err := r.pass(ctx, len(data))
+		if err == nil {
+			err = b.be.Save(ctx, h, data)
+		}
+		if err == nil && cut {
+			err = r.Err
+		}
+		return err
+	})
 }
 
 // Load is under the rules.
@@ -260,6 +296,9 @@ func (b *Backend) Load(ctx context.Context, h backend.Handle, length int, offset
 			}
 			if r != nil && r.Where == Truncate {
 				rd = &brokenReader{rd, r.Keep, r.Err}
+			}
+			if r != nil && r.Rate > 0 {
+				rd = &slowReader{ctx, rd, r}
 			}
 			return fn(rd)
 		})
@@ -279,6 +318,21 @@ func (b *brokenReader) Read(p []byte) (int, error) {
 	}
 	n, err := b.r.Read(p[:min(int64(len(p)), b.keep)])
 	b.keep -= int64(n)
+	return n, err
+}
+
+// slowReader gives a little at a time.
+type slowReader struct {
+	ctx  context.Context
+	r    io.Reader
+	rule *Rule
+}
+
+func (s *slowReader) Read(p []byte) (int, error) {
+	n, err := s.r.Read(p[:min(len(p), 32<<10)])
+	if werr := s.rule.pass(s.ctx, n); werr != nil {
+		return 0, werr
+	}
 	return n, err
 }
 

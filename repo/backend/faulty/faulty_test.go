@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/dsync-backup/dsync-backup/repo/backend"
@@ -185,4 +186,56 @@ func TestABadPlaceIsInTheWayOfThoseWhoComeToItOnly(t *testing.T) {
 	if _, err := backendtest.Load(ctx, be, h, 0, 0); err != nil {
 		t.Errorf("load after healing: %v", err)
 	}
+}
+
+// A store that is not atomic leaves a part of a file under its name; saved again
+// the file is whole.
+func TestTruncateLeavesAPartOfWhatIsSaved(t *testing.T) {
+	for keep, want := range map[int64]int64{0: 0, 1234: 1234, 1 << 20: 3000} {
+		be := newFaulty(t)
+		data := bytes.Repeat([]byte("abc"), 1000)
+		h := backendtest.HandleOf(backend.PackFile, data)
+		be.Inject(faulty.Rule{Ops: faulty.Save, Times: 1, Where: faulty.Truncate, Keep: keep})
+		if err := be.Save(ctx, h, data); !errors.Is(err, faulty.ErrInjected) {
+			t.Errorf("save: %v", err)
+		}
+		if fi, err := be.Stat(ctx, h); err != nil || fi.Size != want {
+			t.Errorf("it left %d bytes, want %d: %v", fi.Size, want, err)
+		}
+		if err := be.Save(ctx, h, data); err != nil {
+			t.Errorf("save again: %v", err)
+		}
+		if got, err := backendtest.Load(ctx, be, h, 0, 0); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("then it holds %d bytes: %v", len(got), err)
+		}
+	}
+}
+
+// The clock is the bubble's: it says how long all waited, and nobody does.
+func TestRateIsHowFastBytesPass(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		be := newFaulty(t)
+		data := bytes.Repeat([]byte("0123456789"), 10_000)
+		h := backendtest.HandleOf(backend.PackFile, data)
+		be.Inject(faulty.Rule{Ops: faulty.Save | faulty.Load, Rate: 1000})
+		began := time.Now()
+		if err := be.Save(ctx, h, data); err != nil {
+			t.Error(err)
+		}
+		if d := time.Since(began); d != 100*time.Second {
+			t.Errorf("saving 100,000 bytes at 1,000 a second took %v", d)
+		}
+		began = time.Now()
+		if got, err := backendtest.Load(ctx, be, h, 0, 0); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("loaded %d bytes: %v", len(got), err)
+		}
+		if d := time.Since(began); d != 100*time.Second {
+			t.Errorf("loading 100,000 bytes at 1,000 a second took %v", d)
+		}
+		short, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		if _, err := backendtest.Load(short, be, h, 0, 0); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("a slow load outlives its context: %v", err)
+		}
+	})
 }
