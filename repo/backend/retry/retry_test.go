@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/dsync-backup/dsync-backup/repo/backend"
@@ -59,18 +60,23 @@ func TestNobodyNoticesFaultsThatPass(t *testing.T) {
 		faulty.Rule{Ops: faulty.Any, Every: 4, Where: faulty.After})
 }
 
-func TestEachRetryIsLoggedOnceAndEndsInSuccess(t *testing.T) {
-	data := []byte("data")
-	h := backendtest.HandleOf(backend.PackFile, data)
-	ctx := context.Background()
-	for op, call := range map[faulty.Op]func(backend.Backend) error{
+// eachCall has a call of each operation, about one file.
+func eachCall(ctx context.Context, h backend.Handle, data []byte) map[faulty.Op]func(backend.Backend) error {
+	return map[faulty.Op]func(backend.Backend) error{
 		faulty.Create: func(be backend.Backend) error { return be.Create(ctx) },
 		faulty.Save:   func(be backend.Backend) error { return be.Save(ctx, h, data) },
 		faulty.Load:   func(be backend.Backend) error { _, err := backendtest.Load(ctx, be, h, 0, 0); return err },
 		faulty.Stat:   func(be backend.Backend) error { _, err := be.Stat(ctx, h); return err },
 		faulty.List:   func(be backend.Backend) error { _, err := backendtest.List(ctx, be, h.Type); return err },
 		faulty.Remove: func(be backend.Backend) error { return be.Remove(ctx, h) },
-	} {
+	}
+}
+
+func TestEachRetryIsLoggedOnceAndEndsInSuccess(t *testing.T) {
+	data := []byte("data")
+	h := backendtest.HandleOf(backend.PackFile, data)
+	ctx := context.Background()
+	for op, call := range eachCall(ctx, h, data) {
 		var log bytes.Buffer
 		o := quick
 		o.Logger = slog.New(slog.NewTextHandler(&log, nil))
@@ -121,6 +127,59 @@ func TestBudgetEndsTheRetries(t *testing.T) {
 		}
 		if c.tries > 1 && !strings.Contains(err.Error(), "tried 2 times") {
 			t.Errorf("error %q does not say how often it was tried", err)
+		}
+	}
+}
+
+// TestCallsEndWithinTheBudget: for as long as a store fails, a call is tried again
+// until the next wait would go beyond the budget, however long the tries themselves
+// take; then it fails, and says for how long it was tried. The clock is the bubble's.
+func TestCallsEndWithinTheBudget(t *testing.T) {
+	data := []byte("data")
+	h := backendtest.HandleOf(backend.PackFile, data)
+	_, store := stack(t, quick)
+	below := store.Unwrap()
+	for _, c := range []struct {
+		budget, first, most time.Duration // as in Options, 0: its default
+		each                time.Duration // what a try takes
+		least, tries        int
+	}{
+		// Waits of half a second, doubled up to a minute, each by a half more or less.
+		{each: 0, least: 16, tries: 45},
+		{each: 10 * time.Second, least: 14, tries: 30},
+		{budget: time.Minute, least: 7, tries: 12},
+		{budget: time.Minute, first: time.Second, most: time.Second, least: 40, tries: 120},
+		{budget: time.Second, first: time.Minute, most: time.Minute, least: 2, tries: 2},
+		{budget: time.Second, each: time.Minute, least: 2, tries: 2}, // one more all the same
+		{budget: -1, each: time.Minute, least: 1, tries: 1},
+	} {
+		for op, call := range eachCall(context.Background(), h, data) {
+			synctest.Test(t, func(t *testing.T) {
+				f := faulty.New(below)
+				be := retry.New(f, retry.Options{Budget: c.budget, FirstWait: c.first, MaxWait: c.most})
+				f.Inject(faulty.Rule{Ops: op, Delay: c.each, Where: faulty.Before})
+				began := time.Now()
+				err := call(be)
+				took, tries := time.Since(began), f.Count(op)
+				if !errors.Is(err, faulty.ErrInjected) || tries < c.least || tries > c.tries {
+					t.Errorf("%+v: operation %d was tried %d times: %v", c, op, tries, err)
+				}
+				budget := c.budget
+				if budget == 0 {
+					budget = retry.DefaultBudget
+				}
+				// The last try begins within the budget, or is the second one.
+				most := max(budget, c.each+3*c.first/2, c.each+750*time.Millisecond) + c.each
+				if budget < 0 {
+					most = c.each
+				}
+				if took > most {
+					t.Errorf("%+v: operation %d took %v, more than %v", c, op, took, most)
+				}
+				if said := fmt.Sprintf("(tried %d times in %s)", tries, took.Round(time.Second)); tries > 1 && !strings.HasSuffix(err.Error(), said) {
+					t.Errorf("%+v: operation %d: %q does not end in %q", c, op, err, said)
+				}
+			})
 		}
 	}
 }
