@@ -8,9 +8,13 @@ import (
 	"fmt"
 	"sort"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/kernel/epochlog"
 	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/repo/backend"
+	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
 
 // candidate is a device in an older snapshot, from which a backup might go on.
@@ -20,13 +24,14 @@ type candidate struct {
 }
 
 // candidates finds the snapshots of a device by its name, newest first. One
-// that cannot be read is reported and left out: to go on from another is safe.
+// that is damaged is reported and left out: to go on from another is safe. A
+// store that does not answer says nothing of a snapshot, and fails the backup:
+// else it would find no parent, and store all of the device again.
 func candidates(ctx context.Context, from Store, name string, warn func(error)) ([]candidate, error) {
 	var out []candidate
 	err := from.ListSnapshots(ctx, func(id repo.ID, sn *repo.Snapshot, err error) error {
 		if err != nil {
-			warn(fmt.Errorf("snapshot %s is passed over: %w", id.Str(), err))
-			return nil
+			return passOver(id, err, warn)
 		}
 		for _, path := range sn.Paths {
 			if path != name {
@@ -38,7 +43,9 @@ func candidates(ctx context.Context, from Store, name string, warn func(error)) 
 			case ctx.Err() != nil:
 				return context.Cause(ctx)
 			case err != nil:
-				warn(fmt.Errorf("snapshot %s is passed over: %w", id.Str(), err))
+				if err := passOver(id, err, warn); err != nil {
+					return err
+				}
 			default:
 				out = append(out, candidate{Device{id, path, m}, sn})
 			}
@@ -50,6 +57,17 @@ func candidates(ctx context.Context, from Store, name string, warn func(error)) 
 	}
 	sort.Slice(out, func(i, j int) bool { return out[i].sn.Time.After(out[j].sn.Time) })
 	return out, nil
+}
+
+// passOver reports a snapshot that is damaged, and returns any other error.
+func passOver(id repo.ID, err error, warn func(error)) error {
+	for _, damage := range []error{repo.ErrDamaged, layer.ErrDamaged, repo.ErrBlobNotFound, backend.ErrNotExist, backend.ErrRange, unix.EIO} {
+		if errors.Is(err, damage) {
+			warn(fmt.Errorf("snapshot %s is passed over: %w", id.Str(), err))
+			return nil
+		}
+	}
+	return fmt.Errorf("look for a snapshot to go on from: snapshot %s: %w", id.Str(), err)
 }
 
 // leaveReverted begins a new history if a snapshot has a position of the running one
