@@ -180,8 +180,11 @@ func (r *Repository) convertAll(ctx context.Context, wanted map[ID]bool, skip fu
 
 func (r *Repository) convert(ctx context.Context, id ID) (*openTable, error) {
 	plain, err := r.loadUnpacked(ctx, backend.IndexFile, id)
+	if errors.Is(err, ErrDamaged) {
+		err = fmt.Errorf("%w (`repair index` makes the index anew)", err)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%w (`repair index` makes the index anew)", err)
+		return nil, err
 	}
 	packs, err := index.Decode(plain)
 	if err != nil {
