@@ -12,7 +12,8 @@ import (
 // BenchmarkWornChain restores the newest snapshot of a device of 1 GiB that was backed up
 // each hour for five days under the load of TestYearsOfBackups, with forget and prune each
 // day, and, in turns, a fresh full backup of the same content; caches are dropped before
-// each. It reports the times, and the median of five ratios. Run it with -benchtime 1x.
+// each. It reports the times, and the median of five ratios, and fails if that is above 1.6.
+// Run it with -benchtime 1x.
 func BenchmarkWornChain(b *testing.B) {
 	y := newYears(lightEnv(b), int64(count(2<<10, 1<<10))<<20)
 	y.back()
@@ -48,4 +49,7 @@ func BenchmarkWornChain(b *testing.B) {
 	b.ReportMetric(median(full), "s-fresh")
 	b.ReportMetric(median(ratios), "ratio")
 	b.ReportMetric(0, "ns/op")
+	if ratio := median(ratios); ratio > 1.6 {
+		b.Errorf("restoring the worn chain takes %.2f times what restoring a full backup takes, at most 1.6 is allowed", ratio)
+	}
 }
