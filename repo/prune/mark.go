@@ -7,14 +7,18 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
+	"slices"
 	"sync"
 
 	"github.com/dsync-backup/dsync-backup/repo"
 )
 
-// shownMissing is how many missing blobs an error names.
-const shownMissing = 5
+// shownMissing is how many missing blobs an error names, and countedMissing how
+// many are told apart: where an index file is gone there can be millions.
+const (
+	shownMissing   = 5
+	countedMissing = 10_000
+)
 
 // marks is what snapshots use: a bit for each blob, at its first position in the
 // catalog.
@@ -25,9 +29,8 @@ type marks struct {
 	used    *repo.Bits
 	meta    *repo.Bits // blobs of small metadata
 
-	mu       sync.Mutex
-	missing  []string // the first ones
-	nMissing int
+	mu      sync.Mutex
+	missing map[repo.BlobHandle]bool // up to countedMissing
 }
 
 // refs is all that a tree refers to, whoever wrote it and whatever the nodes
@@ -63,10 +66,23 @@ func (m *marks) mark(ctx context.Context, snapshots map[repo.ID]*repo.Snapshot) 
 	if err != nil {
 		return fmt.Errorf("find what is used: %w", err)
 	}
-	if m.nMissing > 0 {
-		return fmt.Errorf("%w: %d blobs are in no index: %s; nothing was deleted; run `check`, which names the snapshots", ErrIncomplete, m.nMissing, strings.Join(m.missing, ", "))
+	if len(m.missing) > 0 {
+		return m.incomplete()
 	}
 	return nil
+}
+
+func (m *marks) incomplete() error {
+	var names []string
+	for h := range m.missing {
+		names = append(names, h.String())
+	}
+	slices.Sort(names)
+	more := ""
+	if len(names) == countedMissing {
+		more = " or more"
+	}
+	return fmt.Errorf("%w: %d%s blobs are in no index: %s; nothing was deleted; run `check`, which names the snapshots", ErrIncomplete, len(names), more, some(names))
 }
 
 func (m *marks) firstTree(id repo.ID) (bool, error) {
@@ -83,8 +99,11 @@ func (m *marks) set(h repo.BlobHandle) (first bool, at int64, err error) {
 	if !ok {
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		if m.nMissing++; len(m.missing) < shownMissing {
-			m.missing = append(m.missing, h.String())
+		if m.missing == nil {
+			m.missing = map[repo.BlobHandle]bool{}
+		}
+		if len(m.missing) < countedMissing {
+			m.missing[h] = true
 		}
 		return false, -1, nil
 	}

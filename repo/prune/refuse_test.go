@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/repo/backend"
@@ -82,4 +83,32 @@ func (r *retained) Remove(ctx context.Context, h backend.Handle) error {
 		return errRetained
 	}
 	return r.Backend.Remove(ctx, h)
+}
+
+// TestWhatIsMissingIsCountedOnce: however many trees name it.
+func TestWhatIsMissingIsCountedOnce(t *testing.T) {
+	f := newFixture(t, newRand(t))
+	blobs := f.repo.NewWriter(t.Context(), repo.WriterOptions{})
+	lost, err := blobs.SaveBlob(t.Context(), repo.KindData, []byte("lost"))
+	f.must(err)
+	f.must(blobs.Flush(t.Context()))
+	index := files(f, backend.IndexFile)
+	w := f.repo.NewWriter(t.Context(), repo.WriterOptions{})
+	for _, name := range []string{"a", "b", "c"} {
+		s, err := w.SaveTree(t.Context(), &repo.Tree{Nodes: []*repo.Node{
+			{Name: name, Type: repo.NodeFile, Content: []repo.ID{lost.ID, lost.ID}, Size: 8},
+		}})
+		f.must(err)
+		f.must(w.Flush(t.Context()))
+		_, _, err = f.repo.SaveSnapshot(t.Context(), &repo.Snapshot{Time: time.Now(), Tree: &s.ID, Paths: []string{"/x"}})
+		f.must(err)
+	}
+	for id := range index {
+		f.must(f.repo.RemoveFiles(t.Context(), backend.IndexFile, []repo.ID{id}, nil))
+	}
+	f.must(f.repo.LoadIndex(t.Context()))
+	_, err = Prune(t.Context(), f.repo, Options{})
+	if !errors.Is(err, ErrIncomplete) || !strings.Contains(err.Error(), "1 blobs are in no index") {
+		t.Errorf("prune says %v", err)
+	}
 }
