@@ -298,6 +298,75 @@ func TestForgetRemovesWhatItSays(t *testing.T) {
 	}
 }
 
+// TestForgetTakesWhatResticTakes: -c, --hostname, and a filter beside IDs, of which it says that
+// it is passed over, as restic does.
+func TestForgetTakesWhatResticTakes(t *testing.T) {
+	e := lightEnv(t)
+	e.randomSnapshots(random(t), 20)
+	ids := e.snapshotIDs()
+	both := func(args ...string) (ours, theirs result) {
+		t.Helper()
+		args = append([]string{"forget", "--dry-run", "--no-lock"}, args...)
+		return e.try(args...), finish(t, e.prepare(restics["0.18"], args...))
+	}
+	for _, args := range [][]string{{"--host", "one", ids[0]}, {"--tag", "a", ids[0], ids[1]}, {ids[0]}, {"--host", "one", "latest"}, {"--host", "one", "latest", ids[0]}} {
+		ours, theirs := both(args...)
+		if ours.code != 0 || theirs.code != 0 {
+			t.Fatalf("%q: %+v, restic %+v", args, ours, theirs)
+		}
+		if got, want := strings.Contains(ours.stderr, "are ignored"), strings.Contains(theirs.stderr, "Ignoring \"filters\""); got != want {
+			t.Errorf("%q: ours says %q, restic %q", args, ours.stderr, theirs.stderr)
+		}
+	}
+	for _, args := range [][]string{{"--hostname", "one", "--keep-last", "1"}, {"--hostname", "one", "--hostname", "two", "--keep-last", "1"}, {"-c", "--keep-last", "2"}} {
+		ours, theirs := both(append(args, "--json")...)
+		if ours.code != 0 || theirs.code != 0 || !slices.Equal(forgotten(t, ours.stdout), forgotten(t, theirs.stdout)) {
+			t.Errorf("%q: %+v, restic %+v", args, ours, theirs)
+		}
+	}
+	long, short := e.must("forget", "-n", "--keep-last", "2"), e.must("forget", "-n", "--compact", "--keep-last", "2")
+	for _, what := range []string{"keep ", "remove "} {
+		if n, want := strings.Count(short, what), strings.Count(long, what); n != want || n == 0 {
+			t.Errorf("--compact has %q %d times, want %d:\n%s", what, n, want, short)
+		}
+	}
+	if strings.Contains(short, "last snapshot") || !strings.Contains(long, "last snapshot") {
+		t.Errorf("--compact has the reasons:\n%s\n%s", short, long)
+	}
+}
+
+// TestForgetSaysWhatIsRemovedWhenItIs: not before, when it may fail.
+func TestForgetSaysWhatIsRemovedWhenItIs(t *testing.T) {
+	e := lightEnv(t)
+	e.randomSnapshots(random(t), 5)
+	ids := e.snapshotIDs()
+	// Root neither can delete it.
+	run(t, "chattr", "+i", filepath.Join(e.repo, "snapshots", ids[0]))
+	t.Cleanup(func() { run(t, "chattr", "-i", filepath.Join(e.repo, "snapshots", ids[0])) })
+	for _, args := range [][]string{{"forget", ids[0]}, {"forget", "--json", ids[0]}} {
+		if r := e.try(args...); r.code != 1 || strings.Contains(r.stdout, "snapshots removed") || strings.HasPrefix(r.stdout, "[") {
+			t.Errorf("%q: exit code %d, %s%s", args, r.code, r.stdout, r.stderr)
+		}
+	}
+	if out := e.must("forget", ids[1]); !strings.Contains(out, "1 snapshots removed") {
+		t.Errorf("it says %q", out)
+	}
+}
+
+// TestQuietCommandsSayNothing: -q leaves nothing to say but what goes wrong.
+func TestQuietCommandsSayNothing(t *testing.T) {
+	e := lightEnv(t)
+	e.randomSnapshots(random(t), 3)
+	for _, args := range [][]string{{"unlock"}, {"repair", "index"}, {"forget", "--keep-last", "1"}, {"prune"}} {
+		if out := e.must(append([]string{"-q"}, args...)...); out != "" {
+			t.Errorf("%q says %q", args, out)
+		}
+		if out := e.must(args...); out == "" {
+			t.Errorf("%q says nothing without -q", args)
+		}
+	}
+}
+
 // TestForgetLatestBesideADamagedSnapshotRemovesNothing: which one is the latest is not known
 // then. Named by its ID the damaged one goes, and no other.
 func TestForgetLatestBesideADamagedSnapshotRemovesNothing(t *testing.T) {

@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -22,9 +24,11 @@ type forgetFlags struct {
 	keepTags  []string
 	removeAll bool
 	dryRun    bool
+	compact   bool
 	prune     bool
 	pruning   pruneFlags
 	filter    func() repo.SnapshotFilter
+	hostnames []string // --hostname, which restic still takes for --host
 }
 
 func newForget(g *globals) *cobra.Command {
@@ -58,9 +62,20 @@ oldest snapshot too.`,
 	fl.Var(&f.policy.WithinYearly, "keep-within-yearly", "keep the newest of each year within this `duration`")
 	fl.StringArrayVar(&f.keepTags, "keep-tag", nil, "keep what has all of these `tag[,tag,…]` (may be given again: or)")
 	fl.VarP(&f.groupBy, "group-by", "g", "`group` snapshots by host, paths, tags, with commas between; empty: all in one")
-	f.filter = filterFlagsWith(cmd, "") // -H is --keep-hourly, as in restic
+	filter := filterFlagsWith(cmd, "") // -H is --keep-hourly, as in restic
+	fl.StringArrayVar(&f.hostnames, "hostname", nil, "the same as --host")
+	_ = fl.MarkHidden("hostname") // there is such a flag
+	f.filter = func() repo.SnapshotFilter {
+		sf := filter()
+		if len(f.hostnames) > 0 && !fl.Changed("host") {
+			sf.Hosts = nil // $RESTIC_HOST
+		}
+		sf.Hosts = append(slices.Clone(sf.Hosts), f.hostnames...)
+		return sf
+	}
 	fl.BoolVar(&f.removeAll, "unsafe-allow-remove-all", false, "remove all that --host, --path and --tag let through")
 	fl.BoolVarP(&f.dryRun, "dry-run", "n", false, "only say what would be removed")
+	fl.BoolVarP(&f.compact, "compact", "c", false, "leave reasons and paths out of what is printed")
 	fl.BoolVar(&f.prune, "prune", false, "run prune if anything was removed")
 	f.pruning.register(fl)
 	return cmd
@@ -89,6 +104,9 @@ func runForget(ctx context.Context, g *globals, f *forgetFlags, args []string) e
 	if err := f.check(args); err != nil {
 		return err
 	}
+	if len(f.hostnames) > 0 {
+		g.warn(errors.New("--hostname is deprecated, use --host"))
+	}
 	pruning, err := f.pruning.options(g)
 	if err != nil {
 		return err
@@ -112,14 +130,14 @@ func runForget(ctx context.Context, g *globals, f *forgetFlags, args []string) e
 			remove[s.ID] = true
 		}
 	}
-	// First it is said, then it is done: what is printed is what was decided
-	// even if it cannot be finished.
-	g.printGroups(groups, f.dryRun)
+	// What was decided is said before it is done, and that it is done after that.
+	f.printDecision(g, groups)
 	if !f.dryRun {
 		if err := removeSnapshots(ctx, g, r, remove); err != nil {
 			return causeOf(ctx, err)
 		}
 	}
+	f.printDone(g, groups, len(remove))
 	if !f.prune || len(remove) == 0 {
 		return nil
 	}
@@ -161,6 +179,9 @@ func (f *forgetFlags) decide(ctx context.Context, g *globals, r *repo.Repository
 // is no error, as with restic, so that a forget which was killed can be run
 // again. One that cannot be read can be removed all the same.
 func namedSnapshots(ctx context.Context, g *globals, r *repo.Repository, filter repo.SnapshotFilter, names []string) ([]*retention.Group, error) {
+	if !filter.Empty() && !slices.Contains(names, "latest") {
+		g.warn(errors.New("--host, --path and --tag are ignored: the snapshots are named by their IDs"))
+	}
 	gr := &retention.Group{}
 	seen := map[repo.ID]bool{}
 	for _, name := range names {
@@ -205,33 +226,49 @@ func removeSnapshots(ctx context.Context, g *globals, r *repo.Repository, remove
 	return err
 }
 
-func (g *globals) printGroups(groups []*retention.Group, dryRun bool) {
-	if g.json {
+// printDecision says what stays, and why, and what goes.
+func (f *forgetFlags) printDecision(g *globals, groups []*retention.Group) {
+	if g.json || g.quiet {
+		return
+	}
+	verb := "to remove"
+	if f.dryRun {
+		verb = "would be removed"
+	}
+	w := g.stdout
+	for _, gr := range groups {
+		if len(gr.Keep) > 0 {
+			fmt.Fprintf(w, "%s: %d to keep, %d %s\n", gr.Name(), len(gr.Keep), len(gr.Remove), verb)
+		}
+		for i, s := range gr.Keep {
+			f.printSnapshot(w, "keep  ", s, strings.Join(gr.Reasons[i].Matches, ", "))
+		}
+		for _, s := range gr.Remove {
+			f.printSnapshot(w, "remove", s, strings.Join(s.Paths, " "))
+		}
+	}
+}
+
+func (f *forgetFlags) printSnapshot(w io.Writer, what string, s retention.Snapshot, more string) {
+	line := fmt.Sprintf("  %s  %s  %s", what, s.ShortID, s.Time.Local().Format("2006-01-02 15:04:05"))
+	if !f.compact {
+		line += "  " + more
+	}
+	fmt.Fprintln(w, line)
+}
+
+// printDone says that what was decided is done.
+func (f *forgetFlags) printDone(g *globals, groups []*retention.Group, removed int) {
+	switch {
+	case g.json:
 		if groups == nil {
 			groups = []*retention.Group{}
 		}
 		g.printJSON(g.stdout, groups)
-		return
+	case g.quiet:
+	case f.dryRun:
+		fmt.Fprintf(g.stdout, "%d snapshots would be removed\n", removed)
+	default:
+		fmt.Fprintf(g.stdout, "%d snapshots removed\n", removed)
 	}
-	if g.quiet {
-		return
-	}
-	verb := "removed"
-	if dryRun {
-		verb = "would be removed"
-	}
-	w, kept, removed := g.stdout, 0, 0
-	for _, gr := range groups {
-		if len(gr.Keep) > 0 {
-			fmt.Fprintf(w, "%s: %d kept, %d %s\n", gr.Name(), len(gr.Keep), len(gr.Remove), verb)
-		}
-		for i, s := range gr.Keep {
-			fmt.Fprintf(w, "  keep    %s  %s  %s\n", s.ShortID, s.Time.Local().Format("2006-01-02 15:04:05"), strings.Join(gr.Reasons[i].Matches, ", "))
-		}
-		for _, s := range gr.Remove {
-			fmt.Fprintf(w, "  remove  %s  %s  %s\n", s.ShortID, s.Time.Local().Format("2006-01-02 15:04:05"), strings.Join(s.Paths, " "))
-		}
-		kept, removed = kept+len(gr.Keep), removed+len(gr.Remove)
-	}
-	fmt.Fprintf(w, "%d snapshots %s\n", removed, verb)
 }

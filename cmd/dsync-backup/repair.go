@@ -48,6 +48,9 @@ knows with another size, are read.`,
 				g.printJSON(g.stdout, s)
 				return nil
 			}
+			if g.quiet {
+				return nil
+			}
 			fmt.Fprintf(g.stdout, "read %d packs: %d were not listed, %d were listed otherwise, %d cannot be read; %d were missing; wrote %d index files, removed %d\n",
 				s.PacksRead, s.PacksAdded, s.PacksChanged, len(s.PacksBad), s.PacksMissing, s.IndexesWritten, s.IndexesRemoved)
 			return nil

@@ -68,7 +68,7 @@ func newUnlock(g *globals) *cobra.Command {
 			}
 			if g.json {
 				g.printJSON(g.stdout, map[string]any{"message_type": "summary", "removed": n})
-			} else {
+			} else if !g.quiet {
 				fmt.Fprintf(g.stdout, "removed %d locks\n", n)
 			}
 			return nil
