@@ -35,12 +35,17 @@ func listIDs(ctx context.Context, be backend.Backend, t backend.FileType) (out [
 
 func loadFile(ctx context.Context, be backend.Backend, h backend.Handle) ([]byte, error) {
 	var buf bytes.Buffer
-	err := be.Load(ctx, h, 0, 0, func(rd io.Reader) error {
+	err := loadFileTo(ctx, be, h, &buf)
+	return buf.Bytes(), err
+}
+
+// loadFileTo loads a file instead of what buf holds.
+func loadFileTo(ctx context.Context, be backend.Backend, h backend.Handle, buf *bytes.Buffer) error {
+	return be.Load(ctx, h, 0, 0, func(rd io.Reader) error {
 		buf.Reset()
 		_, err := buf.ReadFrom(rd)
 		return err
 	})
-	return buf.Bytes(), err
 }
 
 // loadRaw loads a file as stored and checks that it is what its name says. It

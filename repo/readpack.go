@@ -21,23 +21,26 @@ type PackReport struct {
 	Bad map[BlobLocation]error
 }
 
-// ReadPack reads a pack from end to end: whether its bytes match its name, its
-// header can be read, and each blob is what its ID says. entries, what the index
-// lists, are looked at too where the header does not have them; nil if only the
+// ReadPack reads a pack of size bytes from end to end: whether its bytes match its
+// name, its header can be read, and each blob is what its ID says. entries, what the
+// index lists, are looked at too where the header does not have them; nil if only the
 // header is to be believed. If the store gives the pack, but for good not all of
 // it, as a disk with a bad sector does, they are read one by one. An error means
 // that the store did not give the pack. It reads a second time before it believes
-// in damage. Memory: the pack.
-func (r *Repository) ReadPack(ctx context.Context, id ID, entries []BlobLocation) (PackReport, error) {
-	rep, err := r.readPackOnce(ctx, id, entries)
+// in damage. Memory: the pack, and twice the largest of its blobs.
+func (r *Repository) ReadPack(ctx context.Context, id ID, size int64, entries []BlobLocation) (PackReport, error) {
+	// All at once, and a little more, in which the end is found; of a listing that is
+	// wrong only as much as a pack may have.
+	file := bytes.NewBuffer(make([]byte, 0, min(max(size, 0), 2*MaxPackSize)+bytes.MinRead))
+	rep, err := r.readPackOnce(ctx, id, file, entries)
 	if err == nil && (rep.Problem != "" || len(rep.Bad) > 0) {
-		rep, err = r.readPackOnce(ctx, id, entries)
+		rep, err = r.readPackOnce(ctx, id, file, entries)
 	}
 	return rep, err
 }
 
-func (r *Repository) readPackOnce(ctx context.Context, id ID, entries []BlobLocation) (rep PackReport, err error) {
-	data, err := loadFile(ctx, r.be, packHandle(id))
+func (r *Repository) readPackOnce(ctx context.Context, id ID, file *bytes.Buffer, entries []BlobLocation) (rep PackReport, err error) {
+	err = loadFileTo(ctx, r.be, packHandle(id), file)
 	if err != nil && unreadable(err) {
 		rep.Unread, rep.Problem = err, fmt.Sprintf("it cannot be read: %v", err)
 		rep.Bad, err = r.readBlobs(ctx, id, entries)
@@ -46,6 +49,7 @@ func (r *Repository) readPackOnce(ctx context.Context, id ID, entries []BlobLoca
 	if err != nil {
 		return rep, fmt.Errorf("read pack %s: %w", id.Str(), err)
 	}
+	data := file.Bytes()
 	if Hash(data) != id {
 		rep.Problem = fmt.Sprintf("its %d bytes do not match its name", len(data))
 	}
@@ -61,6 +65,7 @@ func (r *Repository) readPackOnce(ctx context.Context, id ID, entries []BlobLoca
 	}
 	rep.Bad = map[BlobLocation]error{}
 	looked := make(map[BlobLocation]bool, len(rep.Blobs)+len(entries))
+	var sealed, plain []byte
 	for _, list := range [][]BlobLocation{rep.Blobs, entries} {
 		for _, b := range list {
 			if looked[b] {
@@ -73,8 +78,12 @@ func (r *Repository) readPackOnce(ctx context.Context, id ID, entries []BlobLoca
 				continue
 			}
 			// A copy, since it is opened where it lies and another entry may overlap.
-			if _, err := r.codec.openBlob(nil, b, bytes.Clone(data[b.Offset:end])); err != nil {
+			sealed = append(sealed[:0], data[b.Offset:end]...)
+			opened, err := r.codec.openBlob(plain, b, sealed)
+			if err != nil {
 				rep.Bad[b] = fmt.Errorf("%s: %w", b.Handle, err)
+			} else if b.Compressed() { // else it lies in sealed
+				plain = opened
 			}
 		}
 	}

@@ -14,13 +14,20 @@ import (
 	"sync"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/dsync-backup/dsync-backup/repo"
 	"github.com/dsync-backup/dsync-backup/repo/backend"
 )
 
-// maxReaders bounds how many packs are in memory at a time.
-const maxReaders = 8
+const (
+	// maxReaders bounds how many packs are read at a time.
+	maxReaders = 8
+
+	// maxPackBytes bounds how much of packs is in memory at a time. A larger one is
+	// read alone.
+	maxPackBytes = 128 << 20
+)
 
 // Subset says which packs to read. The zero value is none.
 type Subset struct {
@@ -103,8 +110,8 @@ func (c *checker) readData(ctx context.Context) error {
 	}
 	var mu sync.Mutex
 	var headless []repo.ID
-	err := c.eachPack(ctx, picked, func(ctx context.Context, id repo.ID) error {
-		rep, err := c.repo.ReadPack(ctx, id, nil)
+	err := c.eachPack(ctx, picked, present, func(ctx context.Context, id repo.ID) error {
+		rep, err := c.repo.ReadPack(ctx, id, present[id], nil)
 		if end := c.blameFor(ctx, rep, err); end != nil {
 			return end
 		}
@@ -142,8 +149,8 @@ func (c *checker) readData(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return c.eachPack(ctx, headless, func(ctx context.Context, id repo.ID) error {
-		rep, err := c.repo.ReadPack(ctx, id, entries[id])
+	return c.eachPack(ctx, headless, present, func(ctx context.Context, id repo.ID) error {
+		rep, err := c.repo.ReadPack(ctx, id, present[id], entries[id])
 		if end := c.blameFor(ctx, rep, err); end != nil {
 			return end
 		}
@@ -167,14 +174,18 @@ func (c *checker) blameFor(ctx context.Context, rep repo.PackReport, err error) 
 	return c.blame(ctx, err)
 }
 
-func (c *checker) eachPack(ctx context.Context, ids []repo.ID, fn func(context.Context, repo.ID) error) error {
+// eachPack calls fn for packs, many at a time, as far as they fit into memory.
+func (c *checker) eachPack(ctx context.Context, ids []repo.ID, sizes map[repo.ID]int64, fn func(context.Context, repo.ID) error) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(min(maxReaders, max(c.repo.Backend().Connections(), runtime.GOMAXPROCS(0))))
+	memory := semaphore.NewWeighted(maxPackBytes)
 	for _, id := range ids {
 		g.Go(func() error {
-			if ctx.Err() != nil {
+			size := min(sizes[id], maxPackBytes)
+			if memory.Acquire(ctx, size) != nil {
 				return context.Cause(ctx)
 			}
+			defer memory.Release(size)
 			return fn(ctx, id)
 		})
 	}
