@@ -99,6 +99,7 @@ type Backend struct {
 	mu     sync.Mutex
 	rules  []*Rule
 	counts map[Op]int
+	struck int
 	space  int64 // bytes left; negative: no limit
 	dead   error // nil: alive
 	broken map[backend.Handle]badPlace
@@ -130,7 +131,7 @@ func (b *Backend) Inject(r Rule) {
 func (b *Backend) Heal() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.rules, b.space, b.dead = nil, -1, nil
+	b.rules, b.space, b.dead, b.struck = nil, -1, nil, 0
 	clear(b.broken)
 }
 
@@ -148,6 +149,13 @@ func (b *Backend) bad(h backend.Handle, length int, offset int64) (badPlace, boo
 	defer b.mu.Unlock()
 	p, ok := b.broken[h]
 	return p, ok && p.offset >= offset && (length == 0 || p.offset < offset+int64(length))
+}
+
+// Struck is the number of calls since the last Heal that a rule, a limit or Kill hit.
+func (b *Backend) Struck() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.struck
 }
 
 // SetSpace lets so many more bytes be saved; a Save that needs more fails with
@@ -186,10 +194,12 @@ func (b *Backend) strike(op Op, t backend.FileType, size int) (*Rule, error) {
 	defer b.mu.Unlock()
 	b.counts[op]++
 	if b.dead != nil {
+		b.struck++
 		return nil, b.dead
 	}
 	if op == Save && b.space >= 0 {
 		if int64(size) > b.space {
+			b.struck++
 			return nil, ErrNoSpace
 		}
 		b.space -= int64(size)
@@ -202,6 +212,7 @@ func (b *Backend) strike(op Op, t backend.FileType, size int) (*Rule, error) {
 		r.matched++
 		if hit == nil && r.fires() {
 			hit = r
+			b.struck++
 		}
 	}
 	return hit, nil

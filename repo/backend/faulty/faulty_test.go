@@ -69,6 +69,9 @@ func TestRulesHitTheCallsTheyName(t *testing.T) {
 	if n := be.Count(faulty.Save); n != 16 {
 		t.Errorf("counted %d saves, want 16", n)
 	}
+	if n := be.Struck(); n != 2 {
+		t.Errorf("%d calls were struck, want 2", n)
+	}
 	if n := be.Count(faulty.Any &^ faulty.Save); n != 0 {
 		t.Errorf("counted %d other calls", n)
 	}
