@@ -24,7 +24,8 @@ func newRepairIndex(g *globals) *cobra.Command {
 		Long: `repair index writes an index of the packs that are in the store, as their headers
 list them. Index files that cannot be read are removed; packs that are missing
 are not listed any more. By default only packs that the index does not know, or
-knows with another size, are read.`,
+knows with another size, are read. Of a pack whose header cannot be read, what an
+index file lists and what is intact is stored anew, in another pack.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r, ctx, err := g.openExclusive(cmd.Context(), false)
@@ -53,6 +54,9 @@ knows with another size, are read.`,
 			}
 			fmt.Fprintf(g.stdout, "read %d packs: %d were not listed, %d were listed otherwise, %d cannot be read; %d were missing; wrote %d index files, removed %d\n",
 				s.PacksRead, s.PacksAdded, s.PacksChanged, len(s.PacksBad), s.PacksMissing, s.IndexesWritten, s.IndexesRemoved)
+			if s.BlobsKept+s.BlobsLost > 0 {
+				fmt.Fprintf(g.stdout, "%d blobs of packs that cannot be read were stored anew, %d are lost there\n", s.BlobsKept, s.BlobsLost)
+			}
 			return nil
 		},
 	}

@@ -4,9 +4,11 @@
 // packs.
 //
 // It promises that afterwards every pack in the store whose header can be read
-// is listed, once and as the header says, and no other; that all new index files
-// are stored before an old one is deleted; and that a store which does not
-// answer is never taken for a damaged pack. The caller holds an exclusive lock;
+// is listed, once and as the header says, and no other; that of the others each
+// blob which an index lists and which is intact lies in another pack that is
+// listed; that all new files are stored before an old index file is deleted, and
+// no pack is; and that a store which does not answer is never taken for a damaged
+// pack. The caller holds an exclusive lock;
 // the index need not be loadable. It knows nothing of what the blobs are for.
 package reindex
 
@@ -40,9 +42,12 @@ type Summary struct {
 	MessageType     string    `json:"message_type"` // "summary"
 	PacksRead       int       `json:"packs_read"`
 	PacksAdded      int       `json:"packs_added"`
-	PacksChanged    int       `json:"packs_changed"` // listed with another size
-	PacksMissing    int       `json:"packs_missing"` // listed, and not in the store
-	PacksBad        []repo.ID `json:"packs_unreadable"`
+	PacksChanged    int       `json:"packs_changed"`    // listed with another size
+	PacksMissing    int       `json:"packs_missing"`    // listed, and not in the store
+	PacksBad        []repo.ID `json:"packs_unreadable"` // their headers; not listed any more
+	PacksSalvaged   []repo.ID `json:"packs_salvaged"`   // those of them of which blobs were stored anew
+	BlobsKept       int       `json:"blobs_kept"`       // so many
+	BlobsLost       int       `json:"blobs_lost"`       // that an index lists in them and that are not intact
 	IndexesBad      int       `json:"indexes_unreadable"`
 	IndexesWritten  int       `json:"indexes_written"`
 	IndexesRemoved  int       `json:"indexes_removed"`
@@ -54,7 +59,9 @@ type run struct {
 	Options
 	repo   *repo.Repository
 	sum    *Summary
+	good   []repo.ID         // index files
 	broken []repo.ID         // index files
+	why    map[repo.ID]error // the headers of packs cannot be read
 	listed map[repo.ID]int64 // size of each pack by the index
 	read   map[repo.ID]int64 // size of the packs to read
 	drop   map[repo.ID]bool  // packs of which the old entries go
@@ -64,8 +71,8 @@ type run struct {
 func Reindex(ctx context.Context, r *repo.Repository, o Options) (*Summary, error) {
 	started := time.Now()
 	x := &run{
-		Options: o, repo: r, sum: &Summary{MessageType: "summary", PacksBad: []repo.ID{}},
-		listed: map[repo.ID]int64{}, read: map[repo.ID]int64{}, drop: map[repo.ID]bool{},
+		Options: o, repo: r, sum: &Summary{MessageType: "summary", PacksBad: []repo.ID{}, PacksSalvaged: []repo.ID{}},
+		why: map[repo.ID]error{}, listed: map[repo.ID]int64{}, read: map[repo.ID]int64{}, drop: map[repo.ID]bool{},
 	}
 	if err := x.run(ctx); err != nil {
 		return nil, fmt.Errorf("repair index: %w", err)
@@ -123,6 +130,7 @@ func (x *run) loadIndex(ctx context.Context) error {
 			case err != nil:
 				return err
 			}
+			x.good = append(x.good, id)
 			for _, p := range packs {
 				size := repo.PackFileSize(p.Blobs)
 				if old, again := x.listed[p.ID]; again {
@@ -170,7 +178,8 @@ func (x *run) compare(ctx context.Context) error {
 	return nil
 }
 
-// readPacks reads headers and hands them on.
+// readPacks reads headers and hands them on, and saves what it can of packs that have
+// none.
 func (x *run) readPacks(ctx context.Context, add func(repo.IndexPack) error) error {
 	ids := make([]repo.ID, 0, len(x.read))
 	for id := range x.read {
@@ -193,14 +202,17 @@ func (x *run) readPacks(ctx context.Context, add func(repo.IndexPack) error) err
 				if !damaged(err) {
 					return err
 				}
-				x.say("pack %s cannot be read and is not listed: %v", id.Str(), err)
 				x.sum.PacksBad = append(x.sum.PacksBad, id)
+				x.why[id] = err
 				return nil
 			}
 			return add(repo.IndexPack{ID: id, Blobs: blobs})
 		})
 	}
-	return g.Wait()
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return x.salvage(ctx)
 }
 
 // header reads a header, and once more if it is bad: the damage may have
