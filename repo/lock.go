@@ -205,6 +205,10 @@ func (r *Repository) saveLock(ctx context.Context, file lockFile) (ID, error) {
 		return ID{}, fmt.Errorf("encode lock: %w", err)
 	}
 	id, _, err := r.saveUnpacked(ctx, backend.LockFile, plain)
+	if err == nil {
+		file.Time = file.Time.Round(0) // as whoever reads it has it, without the monotonic clock
+		r.locks.add(id, file)
+	}
 	return id, err
 }
 
@@ -234,37 +238,6 @@ func (r *Repository) checkLocks(ctx context.Context, wanted lockFile, own ID) er
 		}
 		return fmt.Errorf("lock repository: %w: %s", ErrLocked, other)
 	})
-}
-
-// eachLock calls fn for every lock. Locks that go away meanwhile do not
-// count, nor do empty files, which a store that is not atomic may leave.
-func (r *Repository) eachLock(ctx context.Context, fn func(ID, lockFile, error) error) error {
-	files, err := listIDs(ctx, r.be, backend.LockFile)
-	if err != nil {
-		return fmt.Errorf("lock repository: %w", err)
-	}
-	for _, f := range files {
-		if f.size == 0 {
-			continue
-		}
-		var l lockFile
-		plain, err := r.loadUnpacked(ctx, backend.LockFile, f.id)
-		if err == nil {
-			if err = json.Unmarshal(plain, &l); err != nil {
-				err = fmt.Errorf("decode lock %s: %w", f.id.Str(), err)
-			}
-		}
-		if errors.Is(err, backend.ErrNotExist) {
-			continue
-		}
-		if ctx.Err() != nil {
-			return fmt.Errorf("lock repository: %w", ctx.Err())
-		}
-		if err := fn(f.id, l, err); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // RemoveStaleLocks removes the locks that were left behind, or with all every

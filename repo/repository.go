@@ -33,6 +33,8 @@ type Repository struct {
 	tables tableSet
 	loadMu sync.Mutex // one change of the set of tables at a time
 
+	locks knownLocks
+
 	indexShrank atomic.Bool // index files that the cache knew are gone
 }
 
