@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 
 	"github.com/spf13/cobra"
 
@@ -80,13 +79,12 @@ func runCheck(ctx context.Context, g *globals, f checkFlags) error {
 	}
 	if !f.withCache && !g.noCache {
 		// What the cache holds says nothing of the store.
-		if err := os.MkdirAll(g.cacheDir, 0o700); err != nil {
-			return fmt.Errorf("make a cache for the check: %w (or use --no-cache)", err)
+		dir, remove, err := checkCache(g.cacheDir)
+		if err != nil {
+			return err
 		}
-		if g.cacheDir, err = os.MkdirTemp(g.cacheDir, "check-*"); err != nil {
-			return fmt.Errorf("make a cache for the check: %w (or use --no-cache)", err)
-		}
-		g.closers = append(g.closers, func() error { return os.RemoveAll(g.cacheDir) })
+		g.cacheDir = dir
+		g.closers = append(g.closers, remove)
 	}
 	r, ctx, err := g.openWithLock(ctx, true)
 	if err != nil {
