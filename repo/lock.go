@@ -31,6 +31,10 @@ const (
 	lockRetryFirst = 5 * time.Second
 	lockRetryMax   = time.Minute
 	unlockTimeout  = time.Minute
+
+	// Whoever interrupts a command does not wait for a store that hangs. The lock of a
+	// dead process is recognised.
+	interruptedUnlockTimeout = 5 * time.Second
 )
 
 // lockFile is a file below locks/.
@@ -169,7 +173,7 @@ func (r *Repository) tryLock(ctx context.Context, exclusive bool) (*Lock, error)
 func (r *Repository) hold(ctx context.Context, file lockFile, id ID) (*Lock, error) {
 	if err := r.settle(ctx, file, id); err != nil {
 		// Also when ctx is done the lock must go.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unlockTimeout)
+		ctx, cancel := unlocking(ctx)
 		defer cancel()
 		if rmErr := r.removeLock(ctx, id); rmErr != nil {
 			r.log.Warn("cannot remove an unused lock", "error", rmErr)
@@ -177,6 +181,15 @@ func (r *Repository) hold(ctx context.Context, file lockFile, id ID) (*Lock, err
 		return nil, err
 	}
 	return startLock(ctx, r, file, id), nil
+}
+
+// unlocking is the context in which a lock is removed that was for work under ctx.
+func unlocking(ctx context.Context) (context.Context, context.CancelFunc) {
+	timeout := unlockTimeout
+	if ctx.Err() != nil {
+		timeout = interruptedUnlockTimeout
+	}
+	return context.WithTimeout(context.WithoutCancel(ctx), timeout)
 }
 
 // announce is the first half of taking a lock, settle the second.

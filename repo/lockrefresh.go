@@ -18,6 +18,7 @@ import (
 // Lock is a lock that is held and refreshed until Unlock.
 type Lock struct {
 	repo   *Repository
+	parent context.Context // done: the command was interrupted
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	done   chan struct{}
@@ -41,7 +42,7 @@ func startLock(ctx context.Context, r *Repository, file lockFile, id ID) *Lock {
 }
 
 func startLockWith(ctx context.Context, r *Repository, file lockFile, id ID, times lockTimes) *Lock {
-	l := &Lock{repo: r, file: file, id: id, times: times, done: make(chan struct{})}
+	l := &Lock{repo: r, parent: ctx, file: file, id: id, times: times, done: make(chan struct{})}
 	l.ctx, l.cancel = context.WithCancelCause(context.WithValue(ctx, lockKey{r}, l))
 	// To see whether a lock's process lives, restic's unlock sends it SIGHUP:
 	// that must not end us.
@@ -82,7 +83,7 @@ func (l *Lock) Unlock() error {
 		if l.settling != nil {
 			<-l.settling
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), unlockTimeout)
+		ctx, cancel := unlocking(l.parent)
 		defer cancel()
 		if err := l.repo.removeLock(ctx, l.id); err != nil {
 			l.err = fmt.Errorf("%w: the lock stays, and what was done is done; `unlock` with credentials that may delete removes it", err)
