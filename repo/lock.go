@@ -236,10 +236,7 @@ func (r *Repository) removeLock(ctx context.Context, id ID) error {
 // checkLocks reports a lock other than own that forbids the wanted one. What
 // cannot be read is in the way: it may be an exclusive lock.
 func (r *Repository) checkLocks(ctx context.Context, wanted lockFile, own ID) error {
-	return r.eachLock(ctx, func(id ID, other lockFile, err error) error {
-		if id == own {
-			return nil
-		}
+	return r.eachLock(ctx, own, func(_ ID, other lockFile, err error) error {
 		if err != nil {
 			return fmt.Errorf("lock repository: %w: there is a lock that cannot be read (%w); if no program uses the repository, `unlock --remove-all` removes it", ErrLocked, err)
 		}
@@ -270,7 +267,7 @@ func (r *Repository) RemoveStaleLocks(ctx context.Context, all bool) (removed in
 		}
 		return removed, nil
 	}
-	err = r.eachLock(ctx, func(id ID, l lockFile, err error) error {
+	err = r.eachLock(ctx, ID{}, func(id ID, l lockFile, err error) error {
 		if err != nil {
 			r.log.Warn("leaving a lock that cannot be read", "error", err)
 			return nil

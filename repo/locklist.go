@@ -15,11 +15,11 @@ import (
 	"github.com/dsync-backup/dsync-backup/repo/backend"
 )
 
-// eachLock calls fn for every lock, one at a time. Locks that go away meanwhile do not
-// count, nor do empty files, which a store that is not atomic may leave. Locks do not
-// change, so that none is loaded again: where they cannot be deleted they pile up, and each
-// command looks twice.
-func (r *Repository) eachLock(ctx context.Context, fn func(ID, lockFile, error) error) error {
+// eachLock calls fn for every lock but the caller's own, which it does not read, one at a
+// time. Locks that go away meanwhile do not count, nor do empty files, which a store that is
+// not atomic may leave. Locks do not change, so that none is loaded again: where they cannot
+// be deleted they pile up, and each command looks twice.
+func (r *Repository) eachLock(ctx context.Context, own ID, fn func(ID, lockFile, error) error) error {
 	files, err := listIDs(ctx, r.be, backend.LockFile)
 	if err != nil {
 		return fmt.Errorf("lock repository: %w", err)
@@ -29,6 +29,7 @@ func (r *Repository) eachLock(ctx context.Context, fn func(ID, lockFile, error) 
 	for _, f := range files {
 		l, ok := known[f.id]
 		switch {
+		case f.id == own:
 		case ok:
 			if err := fn(f.id, l, nil); err != nil {
 				return err
