@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/dsync-backup/dsync-backup/repo/backend"
+	"github.com/dsync-backup/dsync-backup/repo/backend/backendtest"
 	"github.com/dsync-backup/dsync-backup/repo/backend/faulty"
 	"github.com/dsync-backup/dsync-backup/repo/backend/retry"
 )
@@ -40,6 +41,18 @@ func TestCommandsEndWithinTheBudget(t *testing.T) {
 			h.endsWithin(c.command, faulty.Rule{Ops: c.ops, Types: packs}, 1)
 		})
 	}
+	t.Run("prune/manyRemovals", func(t *testing.T) {
+		h.on(t)
+		for range 40 { // packs in no index
+			b := make([]byte, 64)
+			h.c.fill(b)
+			if err := h.store.Save(t.Context(), backendtest.HandleOf(backend.PackFile, b), b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// What is in no index is deleted first, and what is packed anew last.
+		h.endsWithin("prune", faulty.Rule{Ops: faulty.Remove, Types: packs}, 2)
+	})
 }
 
 // endsWithin makes sure that a command ends after some budgets when it meets a rule.
