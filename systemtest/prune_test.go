@@ -5,14 +5,12 @@ package systemtest
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/dsync-backup/dsync-backup/repo/backend/miniotest"
 )
@@ -103,85 +101,6 @@ func TestPruneFreesAboutWhatResticFrees(t *testing.T) {
 		if ours > restics*105/100+64<<10 || restics > ours*105/100+64<<10 {
 			t.Errorf("%q: %d bytes, restic leaves %d", args[1:], ours, restics)
 		}
-	}
-}
-
-// TestKilledCommandsLoseNothing kills commands at random points, checks, and
-// runs them again.
-func TestKilledCommandsLoseNothing(t *testing.T) {
-	r := random(t)
-	m := newMixed(lightEnv(t), r)
-	for range 4 {
-		m.back()
-	}
-	whole := m.env
-	all := slices.Collect(maps.Keys(m.devices))
-	kept := all[:2]
-	commands := [][]string{
-		append([]string{"forget", "--prune", "--max-unused", "0"}, all[2:]...),
-		{"prune", "--max-unused", "0"},
-		{"repair", "index", "--read-all-packs"},
-		{"backup", m.img},
-		{"unlock"},
-	}
-	takes := make([]time.Duration, len(commands))
-	killed := 0
-	want := count(100, 25)
-	for i := 0; killed < want && i < 3*want; i++ {
-		which := i % len(commands)
-		e := *whole
-		e.repo = filepath.Join(t.TempDir(), "repo")
-		run(t, "cp", "-a", whole.repo, e.repo)
-		e.vars = append(slices.Clone(whole.vars), "RESTIC_REPOSITORY="+e.repo)
-		if which == 1 { // so that there is something to prune
-			e.must(append([]string{"forget"}, all[2:]...)...)
-		}
-		if which == 4 { // the locks of dead processes
-			for range 3 {
-				dying := e.start(append(slowly, "-q", "backup", "--changes", "full", m.img)...)
-				n := len(e.files("locks"))
-				dying.until(t, "it has a lock", func() bool { return len(e.files("locks")) > n })
-				_ = dying.cmd.Process.Kill()
-				dying.result()
-			}
-		}
-		began := time.Now()
-		b := e.start(append([]string{"-q"}, commands[which]...)...)
-		if i >= len(commands) {
-			time.Sleep(time.Duration(r.Float64() * float64(takes[which]) * 0.9))
-			_ = b.cmd.Process.Kill() // it may have ended
-		}
-		if res := b.result(); res.code == 0 {
-			takes[which] = time.Since(began)
-		} else if res.code != -1 {
-			t.Fatalf("%q: %+v", commands[which], res)
-		} else {
-			killed++
-		}
-		// The lock of a dead process on this host is seen to be that.
-		e.must("unlock")
-		locks := slices.DeleteFunc(e.files("locks"), func(name string) bool { return strings.Contains(name, "-tmp-") })
-		if len(locks) > 0 {
-			t.Fatalf("locks are left: %v", locks)
-		}
-		e.must("-q", "check")
-		if i%5 == 0 {
-			e.restic([]string{"0.14", "0.18"}[i/5%2], "check")
-		}
-		e.must(append([]string{"-q"}, commands[which]...)...)
-		e.must("-q", "check", "--read-data")
-		if i%3 == 0 {
-			e.restic("0.18", "check", "--read-data")
-		}
-		id := kept[i%len(kept)]
-		e.restoresTo(id, m.devices[id])
-		if err := os.RemoveAll(e.repo); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Logf("%d kills", killed)
-	if killed < want {
-		t.Error("too few kills came in time")
 	}
 }
 

@@ -23,9 +23,11 @@ type running struct {
 	done      chan struct{}
 }
 
-func (e *env) start(args ...string) *running {
+func (e *env) start(args ...string) *running { return e.startProgram(dsync, args...) }
+
+func (e *env) startProgram(path string, args ...string) *running {
 	e.t.Helper()
-	r := &running{cmd: e.command(args...), done: make(chan struct{})}
+	r := &running{cmd: e.prepare(path, args...), done: make(chan struct{})}
 	r.cmd.Stdout, r.cmd.Stderr = &r.out, &r.errs
 	if err := r.cmd.Start(); err != nil {
 		e.t.Fatal(err)
