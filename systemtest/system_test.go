@@ -285,6 +285,20 @@ func (d *disk) copyTo(file string) {
 	run(d.t, "cp", "--sparse=always", d.file, file)
 }
 
+// bytesRead is how much has been read of the device since it was made, as the kernel counts.
+func (d *disk) bytesRead() int64 {
+	d.t.Helper()
+	stat, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(d.path), "stat"))
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	sectors, err := strconv.ParseInt(strings.Fields(string(stat))[2], 10, 64)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return sectors << 9
+}
+
 // same fails the test if two images differ.
 func same(t testing.TB, a, b string) {
 	t.Helper()

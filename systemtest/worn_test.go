@@ -25,7 +25,7 @@ func BenchmarkWornChain(b *testing.B) {
 		}
 	}
 	fresh := lightEnv(b)
-	fresh.backup(y.img)
+	fresh.backup(y.disk.path)
 	target := filepath.Join(b.TempDir(), "restored")
 	restore := func(e *env) float64 {
 		if err := os.RemoveAll(target); err != nil {
@@ -36,7 +36,7 @@ func BenchmarkWornChain(b *testing.B) {
 		began := time.Now()
 		e.must("-q", "restore", "latest", target)
 		took := time.Since(began).Seconds()
-		run(b, "cmp", y.img, target)
+		run(b, "cmp", y.disk.path, target)
 		return took
 	}
 	var ratios, worn, full []float64

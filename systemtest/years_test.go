@@ -5,6 +5,7 @@ package systemtest
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -21,6 +22,10 @@ import (
 // grandfather is a policy as people have it.
 var grandfather = []string{"--keep-hourly", "24", "--keep-daily", "7", "--keep-weekly", "4", "--keep-monthly", "12"}
 
+// probed is what may be read of a device beside what changed, to know what it is: its
+// superblock, with what the kernel reads ahead.
+const probed = 256 << 10
+
 // years is a device that is backed up each hour of a simulated clock. A block's
 // content is named by a number: 0 is zeros, and any other makes it.
 type years struct {
@@ -28,7 +33,7 @@ type years struct {
 	r     *rand.Rand
 	seed  uint64
 	words []byte
-	img   string
+	disk  *disk
 	f     *os.File
 	clock time.Time
 
@@ -37,9 +42,11 @@ type years struct {
 	kept   map[string][]uint32 // what each snapshot has to give
 	order  []string            // their IDs, oldest first
 
-	hours                                int
-	least, merged, copied, dirty, stored int64 // since the first
-	layers                               int   // the most
+	hours                                      int
+	least, merged, copied, dirty, read, stored int64 // since the first
+	layers                                     int   // the most
+
+	forgotten, pruned map[bool]int // snapshots and packs that ours (true) and restic removed
 }
 
 func newYears(e *env, size int64) *years {
@@ -47,16 +54,11 @@ func newYears(e *env, size int64) *years {
 	y := &years{
 		env: e, r: random(e.t), clock: time.Date(2024, 1, 1, 0, 30, 0, 0, time.Local),
 		blocks: make([]uint32, size/kernel.BlockSize), kept: map[string][]uint32{},
+		forgotten: map[bool]int{}, pruned: map[bool]int{},
 	}
 	y.seed, y.words = y.r.Uint64(), newContent(y.r, true).words
-	y.img = filepath.Join(e.t.TempDir(), "disk.img")
-	if err := os.WriteFile(y.img, nil, 0o644); err != nil {
-		e.t.Fatal(err)
-	}
-	if err := os.Truncate(y.img, size); err != nil {
-		e.t.Fatal(err)
-	}
-	y.f = direct(e.t, y.img)
+	y.disk = newDisk(e.t, size)
+	y.f = direct(e.t, y.disk.path)
 	for i := range y.blocks {
 		y.next++
 		y.blocks[i] = y.next
@@ -133,7 +135,7 @@ func (y *years) back() {
 	y.clock = y.clock.Add(time.Hour)
 	var s snapshot.Summary
 	if len(y.order) == 0 {
-		s = y.backup(at, y.img)
+		s = y.backup(at, y.disk.path)
 		y.stored = s.DataAddedPacked
 	} else {
 		y.hours++
@@ -150,15 +152,17 @@ func (y *years) back() {
 			y.t.Fatal(err)
 		}
 		var grown int64
-		s, grown = y.grownBackup(at, "--changes", file, y.img)
-		y.bounds(s, ranges, grown)
+		before := y.disk.bytesRead()
+		s, grown = y.grownBackup(at, "--changes", file, y.disk.path)
+		y.bounds(s, ranges, grown, y.disk.bytesRead()-before)
 	}
 	y.kept[s.SnapshotID.String()] = slices.Clone(y.blocks)
 	y.order = append(y.order, s.SnapshotID.String())
 }
 
-// bounds checks I6 of one backup, and that the chain is short.
-func (y *years) bounds(s snapshot.Summary, ranges []kernel.Extent, grown int64) {
+// bounds checks I6 of one backup, and that the chain is short. read is what the
+// device says was read of it.
+func (y *years) bounds(s snapshot.Summary, ranges []kernel.Extent, grown, read int64) {
 	y.t.Helper()
 	total := kernel.TotalLength(ranges)
 	dirty := make([]byte, 0, total)
@@ -184,23 +188,34 @@ func (y *years) bounds(s snapshot.Summary, ranges []kernel.Extent, grown int64) 
 	if sum := added + s.MergeAddedPacked + s.CopiedForwardPacked; sum < grown-1024 || sum > grown+1024 {
 		y.t.Errorf("hour %d: the repository grew by %d, and the summary says %d: %+v", y.hours, grown, sum, s)
 	}
+	if most := total + total/4 + probed; s.BytesRead > total || read > most {
+		y.t.Errorf("hour %d: %d bytes were read of the device, %d by the summary, of %d that changed; at most %d are allowed", y.hours, read, s.BytesRead, total, most)
+	}
 	if s.Layers > 16 {
 		y.t.Errorf("hour %d: %d layers", y.hours, s.Layers)
 	}
 	y.layers = max(y.layers, s.Layers)
 	y.least, y.merged = y.least+least, y.merged+s.MergeAddedPacked
 	y.copied, y.dirty, y.stored = y.copied+s.CopiedForwardBytes, y.dirty+total, y.stored+added
+	y.read += read
 }
 
 // retain forgets and prunes, with ours or with restic.
 func (y *years) retain(ours bool) {
 	y.t.Helper()
+	packs := y.files("data")
 	if ours {
 		y.must(append([]string{"-q", "forget", "--prune"}, grandfather...)...)
 	} else {
 		y.restic("0.18", append([]string{"forget", "--prune"}, grandfather...)...)
 	}
 	ids := y.snapshotIDs()
+	y.forgotten[ours] += len(y.order) - len(ids)
+	for _, p := range packs {
+		if _, err := os.Stat(p); err != nil {
+			y.pruned[ours]++
+		}
+	}
 	gone := func(id string) bool { return !slices.Contains(ids, id) }
 	y.order = slices.DeleteFunc(y.order, gone)
 	for id := range y.kept {
@@ -213,17 +228,34 @@ func (y *years) retain(ours bool) {
 	}
 }
 
-// right has stock restic read everything, and restores n random snapshots.
+// right has stock restic read everything, and has n random snapshots given back:
+// the first by restore, the others by dump.
 func (y *years) right(n int) {
 	y.t.Helper()
 	y.restic("0.18", "check", "--read-data")
-	for _, i := range y.r.Perm(len(y.order))[:min(n, len(y.order))] {
-		y.gives(y.order[i])
+	for i, k := range y.r.Perm(len(y.order))[:min(n, len(y.order))] {
+		if id := y.order[k]; i == 0 {
+			y.restores(id)
+		} else {
+			y.dumps(id)
+		}
 	}
 }
 
-// gives dumps a snapshot and compares.
-func (y *years) gives(id string) {
+func (y *years) restores(id string) {
+	y.t.Helper()
+	file := y.restored(id)
+	f, err := os.Open(file)
+	if err != nil {
+		y.t.Fatal(err)
+	}
+	y.same(id, f)
+	if err := errors.Join(f.Close(), os.Remove(file)); err != nil {
+		y.t.Fatal(err)
+	}
+}
+
+func (y *years) dumps(id string) {
 	y.t.Helper()
 	cmd := y.command("-q", "dump", id)
 	out, err := cmd.StdoutPipe()
@@ -233,20 +265,26 @@ func (y *years) gives(id string) {
 	if err != nil {
 		y.t.Fatal(err)
 	}
+	y.same(id, out)
+	if err := cmd.Wait(); err != nil {
+		y.t.Fatalf("dump %s: %v", id, err)
+	}
+}
+
+// same fails the test if an image is not what the device held.
+func (y *years) same(id string, image io.Reader) {
+	y.t.Helper()
 	got, want := make([]byte, kernel.BlockSize), make([]byte, kernel.BlockSize)
 	for i, number := range y.kept[id] {
-		if _, err := io.ReadFull(out, got); err != nil {
-			y.t.Fatalf("dump %s: %v", id, err)
+		if _, err := io.ReadFull(image, got); err != nil {
+			y.t.Fatalf("snapshot %s: %v", id, err)
 		}
 		if y.content(want, number); !bytes.Equal(got, want) {
 			y.t.Fatalf("snapshot %s: block %d is not as it was (content %d)", id, i, number)
 		}
 	}
-	if n, _ := io.Copy(io.Discard, out); n > 0 {
-		y.t.Fatalf("dump %s: %d bytes too many", id, n)
-	}
-	if err := cmd.Wait(); err != nil {
-		y.t.Fatalf("dump %s: %v", id, err)
+	if n, _ := io.Copy(io.Discard, image); n > 0 {
+		y.t.Fatalf("snapshot %s: %d bytes too many", id, n)
 	}
 }
 
@@ -291,8 +329,9 @@ func (y *years) pass(hours int, ours func() bool, restores int) {
 	size := stored(y.t, y.repo)
 	y.t.Logf("%d hours: at most %d layers; %d snapshots are kept, with %d MiB that compress to %d MiB; the repository has %d MiB: %.2f times that",
 		y.hours, y.layers, len(y.order), plain>>20, packed>>20, size>>20, float64(size)/float64(packed))
-	y.t.Logf("for %d MiB that compress to %d MiB, merging added %.1f %%, copied forward were %.1f %%",
-		y.dirty>>20, y.least>>20, 100*float64(y.merged)/float64(y.least), 100*float64(y.copied)/float64(y.dirty))
+	y.t.Logf("ours removed %d snapshots and %d packs, restic %d and %d", y.forgotten[true], y.pruned[true], y.forgotten[false], y.pruned[false])
+	y.t.Logf("for %d MiB that compress to %d MiB, merging added %.1f %%, copied forward were %.1f %%, read were %.1f %%",
+		y.dirty>>20, y.least>>20, 100*float64(y.merged)/float64(y.least), 100*float64(y.copied)/float64(y.dirty), 100*float64(y.read)/float64(y.dirty))
 	if float64(size) > 1.6*float64(packed) {
 		y.t.Errorf("the repository has %d bytes, more than 1.6 times %d", size, packed)
 	}
@@ -310,13 +349,25 @@ func TestYearsOfBackups(t *testing.T) {
 // TestYearsOfBackupsWithRestic: stock restic does each forget and prune, or the
 // two take turns.
 func TestYearsOfBackupsWithRestic(t *testing.T) {
-	for name, ours := range map[string]func(*rand.Rand) bool{
-		"ResticOnly": func(*rand.Rand) bool { return false },
-		"Turns":      func(r *rand.Rand) bool { return r.IntN(2) == 0 },
-	} {
-		t.Run(name, func(t *testing.T) {
+	for _, turns := range []bool{false, true} {
+		t.Run(map[bool]string{false: "ResticOnly", true: "Turns"}[turns], func(t *testing.T) {
 			y := newYears(lightEnv(t), int64(count(2<<10, 64))<<20)
-			y.pass(count(1000, 60), func() bool { return ours(y.r) }, 2)
+			ours, days := false, 0
+			y.pass(count(1000, 60), func() bool {
+				// At random, but of the second and third day, the fourth and fifth and so
+				// on each has one: on the first there is nothing to forget yet.
+				if days++; turns && days%2 == 1 && days > 1 {
+					ours = !ours
+				} else if turns {
+					ours = y.r.IntN(2) == 0
+				}
+				return ours
+			}, 2)
+			for _, who := range []bool{false, true} {
+				if did := y.forgotten[who] > 0 && y.pruned[who] > 0; did != (turns || !who) {
+					t.Errorf("ours %t: %d snapshots and %d packs were removed", who, y.forgotten[who], y.pruned[who])
+				}
+			}
 		})
 	}
 }
