@@ -129,8 +129,7 @@ func TestPruneAndCheckOnMinIO(t *testing.T) {
 	m.clean()
 }
 
-// TestLocksOfOthersAreRespected: what removes something waits for everybody,
-// and a lock from another host is not removed before its time.
+// TestLocksOfOthersAreRespected: what removes something waits for everybody.
 func TestLocksOfOthersAreRespected(t *testing.T) {
 	e := lightEnv(t)
 	img := image(t, newContent(random(t), false), 1<<20)
