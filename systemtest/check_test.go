@@ -100,6 +100,7 @@ func inside(small, large []kernel.Extent) bool {
 // touches, and all others must restore; of a damaged device all that is not
 // named must be right.
 func TestDamageAnywhereIsNamedAndTheRestIsThere(t *testing.T) {
+	t.Parallel()
 	r := random(t)
 	m := newMixed(lightEnv(t), r)
 	for range 3 {
@@ -248,6 +249,7 @@ func lostRanges(t testing.TB, out string) []kernel.Extent {
 // TestARepairedSnapshotIsSeenToBeDamaged: restic's repair leaves a repository
 // that it finds clean, in which a device is not whole.
 func TestARepairedSnapshotIsSeenToBeDamaged(t *testing.T) {
+	t.Parallel()
 	r := random(t)
 	repaired := 0
 	for i := range count(20, 4) {

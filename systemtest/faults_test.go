@@ -49,6 +49,7 @@ var faults = []fault{
 // for good, at a random call of backup, restore and prune, the command succeeds and
 // has done its work, or it fails and says why, and nothing is lost by that.
 func TestEveryFaultOfTheStore(t *testing.T) {
+	t.Parallel()
 	h := newHostile(t)
 	h.retries = retry.Options{Budget: 150 * time.Millisecond, FirstWait: 5 * time.Millisecond, MaxWait: 20 * time.Millisecond}
 	for _, command := range commands {

@@ -198,6 +198,7 @@ func forgotten(t testing.TB, out string) []string {
 // TestForgetDoesWhatResticDoes gives both programs the same snapshots and the
 // same policies, and has them say what they would do and why.
 func TestForgetDoesWhatResticDoes(t *testing.T) {
+	t.Parallel()
 	r := random(t)
 	refused, applied := 0, 0
 	for range count(6, 2) {

@@ -195,6 +195,7 @@ func (k *killing) leaveLocks(n int) {
 // TestKilledCommandsLoseNothing kills each command at random points of its work, checks, and
 // runs it again; also where stock restic goes on with what ours has begun, and the other way round.
 func TestKilledCommandsLoseNothing(t *testing.T) {
+	t.Parallel()
 	k := &killing{mixed: newMixed(lightEnv(t), random(t))}
 	for range 4 {
 		k.back()

@@ -30,6 +30,7 @@ func randomPrune(r *rand.Rand) []string {
 }
 
 func TestOurPruneAndResticsTakeTurns(t *testing.T) {
+	t.Parallel()
 	m := newMixed(lightEnv(t), random(t))
 	for i := range count(20, 5) {
 		m.back()
@@ -81,6 +82,7 @@ func (m *mixed) pruned(program string, args ...string) (packs int64) {
 
 // TestPruneFreesAboutWhatResticFrees prunes copies of one repository.
 func TestPruneFreesAboutWhatResticFrees(t *testing.T) {
+	t.Parallel()
 	m := newMixed(lightEnv(t), random(t))
 	for range 6 {
 		m.back()

@@ -342,6 +342,7 @@ func (y *years) pass(hours int, ours func() bool, restores int) {
 
 // TestYearsOfBackups: see docs/retention.md.
 func TestYearsOfBackups(t *testing.T) {
+	t.Parallel()
 	y := newYears(lightEnv(t), int64(count(2<<10, 256))<<20)
 	y.pass(count(1000, 120), func() bool { return true }, 5)
 }
@@ -349,6 +350,7 @@ func TestYearsOfBackups(t *testing.T) {
 // TestYearsOfBackupsWithRestic: stock restic does each forget and prune, or the
 // two take turns.
 func TestYearsOfBackupsWithRestic(t *testing.T) {
+	t.Parallel()
 	for _, turns := range []bool{false, true} {
 		t.Run(map[bool]string{false: "ResticOnly", true: "Turns"}[turns], func(t *testing.T) {
 			y := newYears(lightEnv(t), int64(count(2<<10, 64))<<20)
