@@ -26,7 +26,7 @@ type Summary struct {
 	FallbackReason      string   `json:"fallback_reason,omitempty"`
 	PointInTime         string   `json:"point_in_time"`
 	DirtyBytes          int64    `json:"dirty_bytes"`
-	BytesRead           int64    `json:"bytes_read"`
+	BytesRead           int64    `json:"bytes_read"`            // for the change, without what is copied forward or spot-checked
 	DataAdded           int64    `json:"data_added"`            // new data blobs before compression
 	DataAddedPacked     int64    `json:"data_added_packed"`     // the same as stored
 	MetadataAddedPacked int64    `json:"metadata_added_packed"` // trees, indexes and the snapshot as stored
