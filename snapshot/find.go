@@ -30,15 +30,33 @@ type Device struct {
 	Manifest *Manifest
 }
 
+// RepairedError is the [layer.ErrDamaged] of a device whose layers are not those that
+// its manifest names: another program rewrote the snapshot, as restic's repair does
+// with what is lost. What the layers that are there give is not certain.
+type RepairedError struct {
+	Device Device
+	Layers repo.ID // the tree that is there
+}
+
+func (e *RepairedError) Error() string {
+	return fmt.Sprintf("%v: its layers are tree %s, but %s names %s; it was repaired or rewritten",
+		layer.ErrDamaged, e.Layers.Str(), manifestFile, e.Device.Manifest.Layers.Str())
+}
+
+func (e *RepairedError) Unwrap() error { return layer.ErrDamaged }
+
 // Devices finds the devices in a snapshot: one, or the several of a
 // consistency group. A snapshot without any is ErrNoDevice; one whose layers
-// are not those that the manifest names is [layer.ErrDamaged].
+// are not those that the manifest names is a [RepairedError].
 func Devices(ctx context.Context, from Store, id repo.ID, sn *repo.Snapshot) ([]Device, error) {
 	var out []Device
 	for _, path := range sn.Paths {
 		m, err := manifestAt(ctx, from, sn, path)
 		if errors.Is(err, ErrNoDevice) {
 			continue
+		}
+		if repaired := new(RepairedError); errors.As(err, &repaired) {
+			repaired.Device.Snapshot, repaired.Device.Name = id, path
 		}
 		if err != nil {
 			return nil, fmt.Errorf("snapshot %s: %w", id.Str(), err)
@@ -83,7 +101,7 @@ func manifestAt(ctx context.Context, from Store, sn *repo.Snapshot, path string)
 		return nil, err
 	}
 	if *layers.Subtree != m.Layers {
-		return nil, fmt.Errorf("%w: its layers are tree %s, but %s names %s; it was repaired or rewritten", layer.ErrDamaged, layers.Subtree.Str(), manifestFile, m.Layers.Str())
+		return nil, &RepairedError{Device{Manifest: m}, *layers.Subtree}
 	}
 	return m, nil
 }

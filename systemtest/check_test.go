@@ -280,9 +280,7 @@ func TestARepairedSnapshotIsSeenToBeDamaged(t *testing.T) {
 				continue
 			}
 			left++
-			if after.messages[id] == "" {
-				t.Errorf("snapshot %s, which restic made of the damaged %s, is not found to be damaged: %+v", id, original, after)
-			}
+			m.seenWhereItIs(id, original, before, after)
 		}
 		t.Logf("%d: %d damaged devices are left: %v", i, left, after.messages)
 		if len(after.damaged) != left || (after.code == 0) != (left == 0) {
@@ -292,6 +290,35 @@ func TestARepairedSnapshotIsSeenToBeDamaged(t *testing.T) {
 	}
 	if repaired == 0 {
 		t.Error("no device was repaired")
+	}
+}
+
+// seenWhereItIs makes sure that a snapshot which restic repaired is named with what cannot be
+// given of it: everything, since it is not what it was, and the part in which something is
+// seen to be missing. Where the repair emptied device.json, or a folder, nothing else is known.
+func (m *mixed) seenWhereItIs(id, original string, before, after checked) {
+	m.t.Helper()
+	message, ranges := after.messages[id], after.damaged[id]
+	list := strings.Fields(m.restic("0.18", "ls", id))
+	manifest := slices.IndexFunc(list, func(s string) bool { return strings.HasSuffix(s, "/device.json") })
+	switch {
+	case manifest < 0:
+		if !strings.Contains(message, "folder") {
+			m.t.Errorf("snapshot %s has no device.json: %q", id, message)
+		}
+		return
+	case m.restic("0.18", "dump", id, list[manifest]) == "":
+		if !strings.Contains(message, "device.json") {
+			m.t.Errorf("snapshot %s has an empty device.json: %q", id, message)
+		}
+		return
+	}
+	size := int64(len(readAll(m.t, m.devices[original])))
+	if want := []kernel.Extent{{Length: size}}; !slices.Equal(ranges, want) || !strings.Contains(message, m.img) {
+		m.t.Errorf("snapshot %s, which restic made of the damaged %s, cannot give %v of %s: %q", id, original, ranges, m.img, message)
+	}
+	if len(before.damaged[original]) > 0 && !strings.Contains(message, "part ") && !strings.Contains(message, "layer ") {
+		m.t.Errorf("snapshot %s could not give %v before it was repaired, and where is not said: %q", id, before.damaged[original], message)
 	}
 }
 

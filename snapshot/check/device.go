@@ -125,6 +125,9 @@ func (c *checker) snapshot(ctx context.Context, id repo.ID, sn *repo.Snapshot) (
 		return 0, context.Cause(ctx)
 	}
 	touched := c.Touched[id]
+	if repaired := (*snapshot.RepairedError)(nil); errors.As(err, &repaired) {
+		return 1, c.repaired(ctx, repaired, touched)
+	}
 	if err != nil {
 		f := Finding{Snapshot: id, Ranges: []kernel.Extent{}}
 		switch {
@@ -156,6 +159,27 @@ func (c *checker) snapshot(ctx context.Context, id repo.ID, sn *repo.Snapshot) (
 		}
 	}
 	return len(devices), nil
+}
+
+// repaired reports a device of which another program made something else. Nothing of it is
+// certain, since a layer may be gone without a trace; what is seen to be missing from the
+// layers that are there says where it was damaged.
+func (c *checker) repaired(ctx context.Context, why *snapshot.RepairedError, touched error) error {
+	d, m := why.Device, *why.Device.Manifest
+	f := Finding{Snapshot: d.Snapshot, Device: d.Name, Size: m.Size, Ranges: []kernel.Extent{{Length: m.Size}}}
+	f.because(why)
+	if touched != nil {
+		f.because(touched)
+	}
+	m.Layers, d.Manifest = why.Layers, &m
+	seen, err := c.device(ctx, d, true)
+	if err != nil {
+		return err
+	}
+	for _, text := range seen.Causes {
+		f.because(errors.New(text))
+	}
+	return c.report(ctx, f)
 }
 
 func (c *checker) report(ctx context.Context, f Finding) error {
