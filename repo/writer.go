@@ -6,7 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -80,6 +82,9 @@ type Writer struct {
 	flightMu sync.Mutex
 	inFlight map[BlobHandle]int // length of the plaintext
 
+	// Under flightMu: packs that the store has, and their sizes; nil: all that the index lists.
+	stored map[ID]int64
+
 	indexBlobs int // how many blobs make an index file due
 
 	indexMu sync.Mutex
@@ -150,10 +155,15 @@ func (w *Writer) SaveBlob(ctx context.Context, kind Kind, data []byte) (Saved, e
 		s.Known = true
 		return s, nil
 	}
-	if w.repo.Has(h) {
+	known, err := w.stores(ctx, kind, h)
+	if known {
 		w.release(h)
 		s.Known = true
 		return s, nil
+	}
+	if err != nil {
+		w.fail(err)
+		return Saved{}, err
 	}
 	stored, err := w.store(ctx, kind, h, data, sum)
 	if err != nil {
@@ -173,6 +183,40 @@ func (w *Writer) claim(h BlobHandle, size int) bool {
 	}
 	w.inFlight[h] = size
 	return true
+}
+
+// BelieveOnly has the writer take a blob for known only where the index has it in one of
+// these packs, inside of its size in bytes: what else it lists is lost, and stored again. So are
+// metadata and trees that can be read no more, which are looked at, since they are few. It is called
+// before anything is saved.
+func (w *Writer) BelieveOnly(packs map[ID]int64) {
+	w.stored = make(map[ID]int64, len(packs))
+	maps.Copy(w.stored, packs)
+}
+
+// stores reports whether a blob is in the repository, as far as that is to be believed.
+func (w *Writer) stores(ctx context.Context, kind Kind, h BlobHandle) (bool, error) {
+	if w.stored == nil {
+		return w.repo.Has(h), nil
+	}
+	places := w.believed(h)
+	if len(places) == 0 || kind == KindData {
+		return len(places) > 0, nil
+	}
+	_, err := w.repo.loadFrom(ctx, h, KindData, places) // not from the cache
+	if err != nil && (errors.Is(err, ErrDamaged) || unreadable(err)) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func (w *Writer) believed(h BlobHandle) []Location {
+	places := w.repo.Locations(h)
+	w.flightMu.Lock()
+	defer w.flightMu.Unlock()
+	return slices.DeleteFunc(places, func(l Location) bool {
+		return int64(l.Offset)+int64(l.Length) > w.stored[l.Pack]
+	})
 }
 
 // BlobSize is the length of the plaintext of a blob that the repository or
@@ -276,6 +320,13 @@ func (w *Writer) saveIndex(ctx context.Context) error {
 	w.statsMu.Unlock()
 	if err := w.repo.addTable(id, packs); err != nil {
 		return err
+	}
+	if w.stored != nil {
+		w.flightMu.Lock()
+		for _, p := range packs {
+			w.stored[p.ID] = packSize(p.Blobs)
+		}
+		w.flightMu.Unlock()
 	}
 	for _, p := range packs {
 		for _, b := range p.Blobs {
