@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"runtime"
 	"time"
@@ -108,7 +107,6 @@ func runExtract(ctx context.Context, g *globals, f *extractFlags, path string) e
 	if term.IsTerminal(int(os.Stdout.Fd())) {
 		return errors.New("the stream is not for a terminal: write `dsync-backup extract DEVICE | ssh HOST dsync-backup merge TARGET`")
 	}
-	brokenPipes()
 	// Standard output is the stream: all else goes to standard error.
 	eg := *g
 	eg.stdout = g.stderr
@@ -154,10 +152,6 @@ func runExtract(ctx context.Context, g *globals, f *extractFlags, path string) e
 	printExtract(&eg, res)
 	return nil
 }
-
-// brokenPipes makes a write to a pipe that nobody reads an error, instead of
-// the end of this process.
-func brokenPipes() { signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE) }
 
 func lostReader(err error) error {
 	if errors.Is(err, unix.EPIPE) {

@@ -58,10 +58,7 @@ func main() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	// What we print while a file system is frozen waits for the thaw: whoever
-	// reads it may be writing to that file system.
-	out, errs := freeze.NewHoldOutput(os.Stdout, heldOutput), freeze.NewHoldOutput(os.Stderr, heldOutput)
-	os.Exit(run(arguments(os.Args), out, errs))
+	os.Exit(run(arguments(os.Args)))
 }
 
 // arguments are those of the command, which may also be called by the names of
@@ -76,11 +73,18 @@ func arguments(args []string) []string {
 	return args[1:]
 }
 
-func run(args []string, stdout, stderr *freeze.HoldOutput) int {
+func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	// Whose lock it is, restic asks a process with SIGHUP, which must not end it.
-	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	// Whose lock it is, restic asks a process with SIGHUP, which must not end it. Nor
+	// must a reader of what we print that goes away, before the lock is removed.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGPIPE)
+	// What we print while a file system is frozen waits for the thaw: whoever
+	// reads it may be writing to that file system.
+	stdout := freeze.NewHoldOutput(&pipe{os.Stdout, cancel}, heldOutput)
+	stderr := freeze.NewHoldOutput(os.Stderr, heldOutput)
 	// After the first signal the second one kills.
 	context.AfterFunc(ctx, stop)
 
@@ -92,7 +96,7 @@ func run(args []string, stdout, stderr *freeze.HoldOutput) int {
 	err := root.ExecuteContext(ctx)
 	g.close()
 	if err == nil {
-		return exitDone
+		return exitDone // what it was asked for is done, whoever reads of it
 	}
 	code := exitCode(ctx, err)
 	if !errors.Is(err, errSaid) {
@@ -102,8 +106,28 @@ func run(args []string, stdout, stderr *freeze.HoldOutput) int {
 	return code
 }
 
+// pipe is the standard output. When whoever reads it has gone away the command
+// ends, as by an interruption.
+type pipe struct {
+	io.Writer
+	end context.CancelCauseFunc
+}
+
+var errUnread = errors.New("nobody reads the output any more")
+
+// Write implements [io.Writer].
+func (p *pipe) Write(b []byte) (int, error) {
+	n, err := p.Writer.Write(b)
+	if errors.Is(err, unix.EPIPE) {
+		p.end(errUnread)
+	}
+	return n, err
+}
+
 func exitCode(ctx context.Context, err error) int {
 	switch {
+	case errors.Is(context.Cause(ctx), errUnread):
+		return exitFailed
 	case ctx.Err() != nil:
 		return exitInterrupted
 	case errors.Is(err, repo.ErrNoRepository):

@@ -48,7 +48,6 @@ merge left there needs --force.
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f.Target, f.StateDir, f.Serving = args[0], g.stateDir, f.serve
-			brokenPipes()
 			switch {
 			case f.serve:
 				return runServe(cmd.Context(), g, &f)

@@ -156,7 +156,6 @@ func (p *peer) close() error {
 }
 
 func runSync(ctx context.Context, g *globals, f *syncFlags, path, target string) (err error) {
-	brokenPipes()
 	cmd, local, err := f.command(ctx, g, target, f.force, f.spool)
 	if err != nil {
 		return err
