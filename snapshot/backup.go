@@ -52,7 +52,10 @@ type Options struct {
 	// compare scan if there is something to compare with, else everything.
 	Changes Changes
 	Ranges  []kernel.Extent // aligned by kernel.Align
-	History History         // nil if nothing tracks the device
+	// Parent is the ID of the snapshot to go on from, or the beginning of it; only for
+	// ChangesRanges and ChangesCompare. Empty: the newest of the device on the host.
+	Parent  string
+	History History // nil if nothing tracks the device
 	// Broken says why History starts afresh although there was a tracker.
 	Broken string
 
@@ -95,6 +98,7 @@ type backup struct {
 	w       *repo.Writer
 	stage   *stage
 	cands   []candidate
+	unread  error // one of the snapshots that cannot be read: it may be of the device
 	parent  *candidate
 	dirty   *kernel.Bitmap
 	key     SumKey
@@ -138,7 +142,11 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 		return nil, errors.New("a device of which a snapshot is made is not copied before")
 	}
 	var err error
-	if b.cands, err = candidates(ctx, b.store, o.Name, b.Warn); err != nil {
+	passed := func(err error) {
+		b.unread = err
+		b.Warn(err)
+	}
+	if b.cands, err = candidates(ctx, b.store, o.Name, passed); err != nil {
 		return nil, err
 	}
 	if err := b.leaveReverted(ctx); err != nil {
@@ -155,6 +163,9 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 	}
 	// No upload, and no index of one, may outlive the caller's lock.
 	b.w.Abort()
+	if b.parent != nil && isDamage(err) {
+		err = fmt.Errorf("%w (snapshot %s, from which this backup goes on, is damaged: run `check`; `backup --changes full` begins a new chain)", err, b.parent.Snapshot.Str())
+	}
 	return nil, err
 }
 
@@ -201,13 +212,21 @@ func (b *backup) choose(ctx context.Context) error {
 	switch b.Changes {
 	case ChangesFull:
 	case ChangesRanges:
-		if b.parent = latest(b.cands, b.Host); b.parent == nil {
-			return fmt.Errorf("no snapshot of %s on host %s to apply changed ranges to: make one with --changes full first", b.Name, b.Host)
+		var err error
+		if b.parent, err = b.rangesParent(); err != nil {
+			return err
 		}
 		// That the list is complete is the user's word, not the tracker's.
 		b.epoch = nil
 	case ChangesCompare:
 		b.compare()
+		if b.Parent != "" {
+			var err error
+			if b.parent, err = named(b.cands, b.Parent); err != nil {
+				return err
+			}
+			b.sum.Changes = ChangesCompare
+		}
 	default:
 		b.follow(ctx)
 		return nil

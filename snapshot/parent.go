@@ -7,8 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"sort"
-
-	"golang.org/x/sys/unix"
+	"strings"
+	"time"
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/kernel/epochlog"
@@ -59,13 +59,17 @@ func candidates(ctx context.Context, from Store, name string, warn func(error)) 
 	return out, nil
 }
 
+// isDamage tells what is damaged or missing in the store from a store that does not answer.
+func isDamage(err error) bool {
+	return errors.Is(err, repo.ErrDamaged) || errors.Is(err, layer.ErrDamaged) || errors.Is(err, repo.ErrBlobNotFound) ||
+		errors.Is(err, backend.ErrNotExist) || errors.Is(err, backend.ErrRange) || errors.Is(err, backend.ErrBroken)
+}
+
 // passOver reports a snapshot that is damaged, and returns any other error.
 func passOver(id repo.ID, err error, warn func(error)) error {
-	for _, damage := range []error{repo.ErrDamaged, layer.ErrDamaged, repo.ErrBlobNotFound, backend.ErrNotExist, backend.ErrRange, unix.EIO} {
-		if errors.Is(err, damage) {
-			warn(fmt.Errorf("snapshot %s is passed over: %w", id.Str(), err))
-			return nil
-		}
+	if isDamage(err) {
+		warn(fmt.Errorf("snapshot %s is passed over: %w", id.Str(), err))
+		return nil
 	}
 	return fmt.Errorf("look for a snapshot to go on from: snapshot %s: %w", id.Str(), err)
 }
@@ -147,4 +151,49 @@ func latest(cands []candidate, host string) *candidate {
 		}
 	}
 	return nil
+}
+
+// named is the candidate whose ID begins so.
+func named(cands []candidate, id string) (*candidate, error) {
+	var found *candidate
+	for i := range cands {
+		if !strings.HasPrefix(cands[i].Snapshot.String(), id) {
+			continue
+		}
+		if found != nil {
+			return nil, fmt.Errorf("--parent %s: the IDs of several snapshots begin so, give more of it", id)
+		}
+		found = &cands[i]
+	}
+	if found == nil {
+		return nil, fmt.Errorf("--parent %s: there is no such snapshot of the device, or it cannot be read: use --changes compare without it", id)
+	}
+	return found, nil
+}
+
+// rangesParent is what a list of ranges goes on from. With another snapshot than the one that
+// the list was made against what was written in between would be missed, and nothing would
+// show it: so where it is not certain which one is the last, none is taken.
+func (b *backup) rangesParent() (*candidate, error) {
+	const way = "name the one that the list was made against with --parent, or use --changes compare"
+	if b.Parent != "" {
+		return named(b.cands, b.Parent)
+	}
+	last := latest(b.cands, b.Host)
+	switch {
+	case last == nil && b.unread == nil:
+		return nil, fmt.Errorf("no snapshot of %s on host %s to apply changed ranges to: make one with --changes full first", b.Name, b.Host)
+	case b.unread != nil:
+		return nil, fmt.Errorf("it is not certain which snapshot of %s is the last, since one cannot be read: %s (%w)", b.Name, way, b.unread)
+	case !last.sn.Time.Before(b.Time):
+		return nil, fmt.Errorf("it is not certain which snapshot of %s is the last, since %s is of %s, and this one of %s: %s",
+			b.Name, last.Snapshot.Str(), last.sn.Time.Local().Format(time.DateTime), b.Time.Local().Format(time.DateTime), way)
+	}
+	for i := range b.cands {
+		if other := &b.cands[i]; other != last && other.sn.Hostname == b.Host && other.sn.Time.Equal(last.sn.Time) {
+			return nil, fmt.Errorf("it is not certain which snapshot of %s is the last, since %s and %s are of the same time: %s",
+				b.Name, last.Snapshot.Str(), other.Snapshot.Str(), way)
+		}
+	}
+	return last, nil
 }

@@ -28,6 +28,7 @@ type backupFlags struct {
 	spot      int
 	reads     int
 	at        string
+	parent    string
 }
 
 func newBackup(g *globals) *cobra.Command {
@@ -44,7 +45,9 @@ changed since the last snapshot in this repository:
   --changes compare  read the whole device, store what differs
   --changes full     read and store the whole device, as a chain of its own
   --changes FILE     a list of changed ranges, {"offset":BYTES,"length":BYTES} a
-                     line, of all that changed since the last snapshot ("-": stdin)
+                     line, of all that changed since the last snapshot ("-": stdin),
+                     or since the one that --parent names: what the list lacks is
+                     missing in the snapshot, and nothing shows it
 
 A device that is mounted read-write has no single state to be saved, unless its
 file systems are frozen:
@@ -73,6 +76,7 @@ file systems are frozen:
 	fl.StringVar(&f.cow, "cow", "", "`space` for what is overwritten while a snapshot is read: memory:SIZE, a block device, or FILE[:SIZE] for a new file (default: a tenth of the device, in a file in the state directory); with lvm, a SIZE in the volume group (default: a tenth, or what is free)")
 	fl.IntVar(&f.spot, "spot-check", snapshot.DefaultSpotCheck, "read at least this `number` of blocks that the tracker says were not written, and compare them; 0: none")
 	fl.IntVar(&f.reads, "read-concurrency", device.DefaultParallel, "reads in flight")
+	fl.StringVar(&f.parent, "parent", "", "`ID` of the snapshot that a list of ranges was made against, or to compare with (default: the newest of the device on the host)")
 	fl.StringVar(&f.at, "time", "", "`time` of the snapshot, as 2006-01-02 15:04:05 (default: now)")
 	return cmd
 }
@@ -178,6 +182,9 @@ func (f *backupFlags) options(g *globals, path string) (o snapshot.Options, err 
 		o.Changes = snapshot.Changes(f.changes)
 	default:
 		o.Changes = snapshot.ChangesRanges
+	}
+	if o.Parent = f.parent; o.Parent != "" && o.Changes != snapshot.ChangesRanges && o.Changes != snapshot.ChangesCompare {
+		return o, fmt.Errorf("--parent is for --changes compare or a list of ranges, and not for %s", f.changes)
 	}
 	if u, err := user.Current(); err == nil {
 		uid, _ := strconv.ParseUint(u.Uid, 10, 32)
