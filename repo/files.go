@@ -48,12 +48,21 @@ func loadFileTo(ctx context.Context, be backend.Backend, h backend.Handle, buf *
 	})
 }
 
-// loadRaw loads a file as stored and checks that it is what its name says. It
-// loads a second time before it believes that a file is damaged.
+// loadRaw loads a file as stored and checks that it is what its name says.
 func (r *Repository) loadRaw(ctx context.Context, t backend.FileType, id ID) ([]byte, error) {
+	data, err := loadNamed(ctx, r.be, t, id)
+	if err != nil {
+		return nil, err
+	}
+	return data, nil
+}
+
+// loadNamed is loadRaw that also gives the bytes of a file that is [ErrDamaged]. It
+// loads a second time before it believes that.
+func loadNamed(ctx context.Context, be backend.Backend, t backend.FileType, id ID) ([]byte, error) {
 	h := backend.Handle{Type: t, Name: id.String()}
 	for attempt := 0; ; attempt++ {
-		data, err := loadFile(ctx, r.be, h)
+		data, err := loadFile(ctx, be, h)
 		if err != nil {
 			return nil, fmt.Errorf("load %s %s: %w", t, id.Str(), err)
 		}
@@ -61,7 +70,7 @@ func (r *Repository) loadRaw(ctx context.Context, t backend.FileType, id ID) ([]
 			return data, nil
 		}
 		if attempt > 0 {
-			return nil, fmt.Errorf("load %s %s: its %d bytes do not match its name: %w", t, id.Str(), len(data), ErrDamaged)
+			return data, fmt.Errorf("load %s %s: its %d bytes do not match its name: %w", t, id.Str(), len(data), ErrDamaged)
 		}
 	}
 }

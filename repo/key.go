@@ -27,6 +27,10 @@ type keyFile struct {
 	P        int       `json:"p"`
 	Salt     []byte    `json:"salt"`
 	Data     []byte    `json:"data"`
+
+	// harmed says that the file is not what was written, if it is not: it may open
+	// all the same, since its name is no part of what is sealed.
+	harmed error
 }
 
 // kdfTime is how long opening a new repository takes on the machine that made
@@ -99,16 +103,49 @@ func tryKey(ctx context.Context, be backend.Backend, id ID, password string, o O
 		return nil, fmt.Errorf("decode key %s: %w", id.Str(), err)
 	}
 	master, err := f.open(id, userKey)
-	if err == nil && o.Keys != nil {
-		o.keep(id, userKey)
+	switch {
+	case err == nil:
+		f.warn(o)
+		if o.Keys != nil {
+			o.keep(id, userKey)
+		}
+	case f.harmed != nil:
+		// That the password is wrong is not certain then.
+		err = f.harmed
 	}
 	return master, err
 }
 
-func loadKey(ctx context.Context, be backend.Backend, id ID) (f keyFile, err error) {
-	data, err := loadFile(ctx, be, backend.Handle{Type: backend.KeyFile, Name: id.String()})
+// warn says of a key that opened the repository that other programs refuse it.
+func (f keyFile) warn(o Options) {
+	if f.harmed != nil {
+		o.Logger.Warn("the key still opens the repository, and restic refuses it", "error", f.harmed)
+	}
+}
+
+// CheckKeys calls report with each key file that is damaged or cannot be read; an error
+// of report ends it.
+func (r *Repository) CheckKeys(ctx context.Context, report func(ID, error) error) error {
+	files, err := listIDs(ctx, r.be, backend.KeyFile)
 	if err != nil {
-		return f, fmt.Errorf("load key %s: %w", id.Str(), err)
+		return err
+	}
+	for _, f := range files {
+		if _, err := r.loadRaw(ctx, backend.KeyFile, f.id); err != nil {
+			if err := report(f.id, err); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func loadKey(ctx context.Context, be backend.Backend, id ID) (f keyFile, err error) {
+	data, err := loadNamed(ctx, be, backend.KeyFile, id)
+	if errors.Is(err, ErrDamaged) {
+		f.harmed = err
+	} else if err != nil {
+		return f, err
 	}
 	if err := json.Unmarshal(data, &f); err != nil {
 		return f, fmt.Errorf("decode key %s: %w: %w", id.Str(), ErrDamaged, err)
@@ -171,6 +208,7 @@ func findKept(ctx context.Context, be backend.Backend, o Options) (*crypto.Key, 
 			}
 		}
 		if err == nil {
+			f.warn(o)
 			return master, nil
 		}
 		if ctx.Err() != nil {

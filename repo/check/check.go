@@ -23,7 +23,7 @@ const (
 
 // Problem is one thing that is not as it should be.
 type Problem struct {
-	Kind    string  `json:"kind"` // index, pack, blob, snapshot or tree
+	Kind    string  `json:"kind"` // key, index, pack, blob, snapshot or tree
 	ID      repo.ID `json:"id"`
 	Message string  `json:"message"`
 	// Harmless problems cost space or time, and no data.
@@ -82,6 +82,9 @@ func Check(ctx context.Context, r *repo.Repository, o Options) (*Result, error) 
 }
 
 func (c *checker) run(ctx context.Context) error {
+	if err := c.keys(ctx); err != nil {
+		return err
+	}
 	// Snapshots first: what they need was in the index before them.
 	if err := c.snapshots(ctx); err != nil {
 		return err
@@ -160,6 +163,18 @@ func (c *checker) tell(phase string, done, total int64) {
 	if c.Progress != nil {
 		c.Progress(phase, done, total)
 	}
+}
+
+// keys reads the key files. One that is damaged may open the repository still, and
+// restic refuses it.
+func (c *checker) keys(ctx context.Context) error {
+	return c.repo.CheckKeys(ctx, func(id repo.ID, err error) error {
+		if end := c.blame(ctx, err); end != nil {
+			return end
+		}
+		c.report(Problem{Kind: "key", ID: id, Message: unread(err).Error()})
+		return nil
+	})
 }
 
 // snapshots loads all snapshots.
