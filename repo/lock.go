@@ -28,6 +28,8 @@ const (
 	// clocks differ.
 	lockGiveUp = lockStale - lockRefresh*3/2
 
+	lockTimeFormat = "2006-01-02 15:04:05"
+
 	lockRetryFirst = 5 * time.Second
 	lockRetryMax   = time.Minute
 	unlockTimeout  = time.Minute
@@ -63,14 +65,19 @@ func newLockFile(exclusive bool) lockFile {
 // stale reports a lock that nobody holds any more: it was not refreshed in
 // time, or its process on this host is gone.
 func (l lockFile) stale(now time.Time) bool {
-	if now.Sub(l.Time) > lockStale {
+	if now.After(l.staleAt()) {
 		return true
 	}
+	return !l.elsewhere() && errors.Is(syscall.Kill(l.PID, 0), syscall.ESRCH)
+}
+
+// staleAt is when the lock counts as left behind if nobody refreshes it.
+func (l lockFile) staleAt() time.Time { return l.Time.Add(lockStale) }
+
+// elsewhere reports a lock of another host, whose process cannot be asked for.
+func (l lockFile) elsewhere() bool {
 	host, err := os.Hostname()
-	if err != nil || host != l.Hostname {
-		return false
-	}
-	return errors.Is(syscall.Kill(l.PID, 0), syscall.ESRCH)
+	return err != nil || host != l.Hostname
 }
 
 func (l lockFile) String() string {
@@ -79,7 +86,7 @@ func (l lockFile) String() string {
 		how = "locked exclusively"
 	}
 	return fmt.Sprintf("%s by PID %d on %s (user %s) since %s", how, l.PID, l.Hostname, l.Username,
-		l.Time.Local().Format("2006-01-02 15:04:05"))
+		l.Time.Local().Format(lockTimeFormat))
 }
 
 // Lock takes a lock, exclusive (nobody else may have one) or shared (nobody
@@ -246,13 +253,17 @@ func (r *Repository) checkLocks(ctx context.Context, wanted lockFile, own ID) er
 		if other.stale(time.Now()) {
 			return fmt.Errorf("lock repository: %w: %s; it looks left behind, `unlock` removes such locks", ErrLocked, other)
 		}
+		if other.elsewhere() {
+			return fmt.Errorf("lock repository: %w: %s; unless it is refreshed it counts as left behind from %s on", ErrLocked, other,
+				other.staleAt().Local().Format(lockTimeFormat))
+		}
 		return fmt.Errorf("lock repository: %w: %s", ErrLocked, other)
 	})
 }
 
 // RemoveStaleLocks removes the locks that were left behind, or with all every
 // lock, and says how many. It leaves alone what it cannot read unless all is
-// set.
+// set: [Repository.Locks] names what stays.
 func (r *Repository) RemoveStaleLocks(ctx context.Context, all bool) (removed int, err error) {
 	if all {
 		files, err := listIDs(ctx, r.be, backend.LockFile)
@@ -269,8 +280,7 @@ func (r *Repository) RemoveStaleLocks(ctx context.Context, all bool) (removed in
 	}
 	err = r.eachLock(ctx, ID{}, func(id ID, l lockFile, err error) error {
 		if err != nil {
-			r.log.Warn("leaving a lock that cannot be read", "error", err)
-			return nil
+			return nil //nolint:nilerr // it stays
 		}
 		if !l.stale(time.Now()) {
 			return nil

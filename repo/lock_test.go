@@ -288,6 +288,10 @@ func TestAllLocksGoWhenAsked(t *testing.T) {
 	if n, err := r.RemoveStaleLocks(t.Context(), false); err != nil || n != 0 {
 		t.Errorf("%d, %v", n, err)
 	}
+	left, err := r.Locks(t.Context())
+	if err != nil || len(left) != 2 || left[0].ID != Hash(junk) || left[0].Error == "" || left[1].PID != os.Getpid() || left[1].Error != "" {
+		t.Errorf("%+v, %v", left, err)
+	}
 	if n, err := r.RemoveStaleLocks(t.Context(), true); err != nil || n != 2 {
 		t.Errorf("%d, %v", n, err)
 	}

@@ -3,12 +3,15 @@
 package repo
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -60,6 +63,43 @@ func (r *Repository) eachLock(ctx context.Context, own ID, fn func(ID, lockFile,
 		err = fmt.Errorf("lock repository: %w", ctx.Err())
 	}
 	return err
+}
+
+// LockInfo is a lock in the repository, for people.
+type LockInfo struct {
+	ID        ID        `json:"id"`
+	Time      time.Time `json:"time,omitzero"`
+	Exclusive bool      `json:"exclusive,omitempty"`
+	Hostname  string    `json:"hostname,omitempty"`
+	Username  string    `json:"username,omitempty"`
+	PID       int       `json:"pid,omitempty"`
+	StaleAt   time.Time `json:"stale_at,omitzero"` // from then on it counts as left behind
+	Error     string    `json:"error,omitempty"`   // it cannot be read, and nothing else is known
+}
+
+func (l LockInfo) String() string {
+	if l.Error != "" {
+		return fmt.Sprintf("a lock that cannot be read (%s); it never counts as left behind", l.Error)
+	}
+	f := lockFile{Time: l.Time, Exclusive: l.Exclusive, Hostname: l.Hostname, Username: l.Username, PID: l.PID}
+	return fmt.Sprintf("%s; unless it is refreshed it counts as left behind from %s on", f, l.StaleAt.Local().Format(lockTimeFormat))
+}
+
+// Locks are the locks that there are, the oldest first.
+func (r *Repository) Locks(ctx context.Context) ([]LockInfo, error) {
+	list := []LockInfo{}
+	err := r.eachLock(ctx, ID{}, func(id ID, l lockFile, err error) error {
+		info := LockInfo{ID: id}
+		if err != nil {
+			info.Error = err.Error()
+		} else {
+			info = LockInfo{id, l.Time, l.Exclusive, l.Hostname, l.Username, l.PID, l.staleAt(), ""}
+		}
+		list = append(list, info)
+		return nil
+	})
+	slices.SortFunc(list, func(a, b LockInfo) int { return cmp.Or(a.Time.Compare(b.Time), a.ID.Compare(b.ID)) })
+	return list, err
 }
 
 func (r *Repository) loadLock(ctx context.Context, id ID) (l lockFile, err error) {

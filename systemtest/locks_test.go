@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -38,6 +39,44 @@ func (e *env) lockBy(host string, pid int, age time.Duration, exclusive bool) (f
 		e.t.Fatal(err)
 	}
 	return file
+}
+
+// leftBehind is when a lock counts as left behind, as people see it.
+func (e *env) leftBehind(file string) string {
+	e.t.Helper()
+	var lock struct{ Time time.Time }
+	if err := json.Unmarshal([]byte(e.restic("0.18", "cat", "lock", filepath.Base(file), "--no-lock")), &lock); err != nil {
+		e.t.Fatal(err)
+	}
+	return lock.Time.Add(30*time.Minute).Local().Format(time.DateTime) + " on"
+}
+
+// stays makes sure that unlock named the lock if it stays, with the time until which it does.
+func (e *env) stays(said, file string, stays bool) {
+	e.t.Helper()
+	line := "lock " + filepath.Base(file)[:8] + " stays: locked "
+	if strings.Contains(said, line) != stays {
+		e.t.Errorf("the lock stays: %t, and unlock says %q", stays, said)
+	}
+	if !stays {
+		return
+	}
+	if at := e.leftBehind(file); !strings.Contains(said, at) {
+		e.t.Errorf("unlock says %q, want %q", said, at)
+	}
+	var sum struct {
+		Removed int
+		Left    []struct {
+			ID      string    `json:"id"`
+			StaleAt time.Time `json:"stale_at"`
+			Time    time.Time
+		}
+	}
+	out := e.must("unlock", "--json")
+	if err := json.Unmarshal([]byte(out), &sum); err != nil || sum.Removed != 0 || len(sum.Left) != 1 || sum.Left[0].ID != filepath.Base(file) ||
+		!sum.Left[0].StaleAt.Equal(sum.Left[0].Time.Add(30*time.Minute)) {
+		e.t.Errorf("%v: %s", err, out)
+	}
 }
 
 // TestUnlockRemovesWhatNobodyHolds: a lock goes when its process on this host is gone, or when it
@@ -84,8 +123,11 @@ func TestUnlockRemovesWhatNobodyHolds(t *testing.T) {
 			// In the way until unlock, stale or not.
 			if c.exclusive {
 				says := "locked exclusively by PID"
-				if !c.stays {
+				switch {
+				case !c.stays:
 					says += ".*looks left behind, `unlock`"
+				case c.host == other:
+					says += ".*left behind from " + e.leftBehind(file)
 				}
 				e.fails(11, says, "backup", img)
 			} else {
@@ -93,7 +135,7 @@ func TestUnlockRemovesWhatNobodyHolds(t *testing.T) {
 			}
 			e.fails(11, "locked ", "prune")
 
-			e.must("unlock")
+			e.stays(e.must("unlock"), file, c.stays)
 			if got := slices.Contains(e.files("locks"), file); got != c.stays {
 				t.Fatalf("after unlock the lock is there: %t", got)
 			}

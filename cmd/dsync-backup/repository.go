@@ -56,7 +56,17 @@ func newUnlock(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "unlock",
 		Short: "Remove locks that dead processes left",
-		Args:  cobra.NoArgs,
+		Long: `unlock removes the locks that nobody holds any more: of a process on this host
+that is gone, and, of whatever host, one that was not refreshed for 30 minutes
+(a program at work does that every five). The rules are restic's. Each lock that
+stays is named, with the time from which on it counts as left behind. One that
+cannot be read always stays.
+
+--remove-all removes every lock, also of programs that are at work. They stop
+when they notice. Until then they go on without protection: a prune may delete
+what a backup relies on, or what a restore reads. Use it only when it is certain
+that nothing works on the repository, from any host.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r, err := g.open(cmd.Context())
 			if err != nil {
@@ -66,15 +76,22 @@ func newUnlock(g *globals) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			left, err := r.Locks(cmd.Context())
+			if err != nil {
+				return fmt.Errorf("%d locks were removed; look at those that stay: %w", n, err)
+			}
 			if g.json {
-				g.printJSON(g.stdout, map[string]any{"message_type": "summary", "removed": n})
+				g.printJSON(g.stdout, map[string]any{"message_type": "summary", "removed": n, "left": left})
 			} else if !g.quiet {
 				fmt.Fprintf(g.stdout, "removed %d locks\n", n)
+				for _, l := range left {
+					fmt.Fprintf(g.stdout, "lock %s stays: %s\n", l.ID.Str(), l)
+				}
 			}
 			return nil
 		},
 	}
-	cmd.Flags().BoolVar(&all, "remove-all", false, "remove live locks as well")
+	cmd.Flags().BoolVar(&all, "remove-all", false, "remove every lock, also of programs that are at work, which then have no protection")
 	return cmd
 }
 
