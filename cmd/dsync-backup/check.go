@@ -35,7 +35,10 @@ repository exclusively and changes nothing. Exit status 1: there is damage.
 
   --read-data-subset 1/7    the first of seven parts of the packs
   --read-data-subset 2.5%   so many of the packs, chosen at random
-  --read-data-subset 10G    about so much, chosen at random`,
+  --read-data-subset 10G    about so much, chosen at random
+
+Its last line says how many of the packs were read: none without these, and where a
+part of a small repository holds none.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return runCheck(cmd.Context(), g, f) },
 	}
@@ -70,6 +73,8 @@ type checkSummary struct {
 	Snapshots          int       `json:"snapshots"`
 	Devices            int       `json:"devices"`
 	DamagedSnapshots   []repo.ID `json:"damaged_snapshots"`
+	Packs              int       `json:"packs"`
+	PacksRead          int       `json:"packs_read"`
 }
 
 func runCheck(ctx context.Context, g *globals, f checkFlags) error {
@@ -110,6 +115,7 @@ func runCheck(ctx context.Context, g *globals, f checkFlags) error {
 	}
 	defer res.Damage.Close()
 	sum.NumErrors, sum.Snapshots = res.Errors, len(res.Snapshots)
+	sum.Packs, sum.PacksRead = res.Packs, res.PacksRead
 	sum.BrokenPacks = append(sum.BrokenPacks, res.BrokenPacks...)
 	sum.SuggestRepairIndex, sum.SuggestPrune = res.SuggestRepairIndex, res.SuggestPrune
 	if err := checkDevices(ctx, g, r, p, res, &sum); err != nil {
@@ -173,10 +179,12 @@ func (g *globals) printCheck(sum checkSummary) error {
 		g.printJSON(g.stdout, sum)
 	} else {
 		if sum.NumErrors == 0 && !g.quiet {
-			fmt.Fprintf(g.stdout, "no errors were found in %d snapshots, %d devices\n", sum.Snapshots, sum.Devices)
+			fmt.Fprintf(g.stdout, "no errors were found in %d snapshots, %d devices; %d of %d packs were read\n",
+				sum.Snapshots, sum.Devices, sum.PacksRead, sum.Packs)
 		}
 		if sum.NumErrors > 0 {
-			fmt.Fprintf(g.stdout, "%d errors; %d of %d snapshots are damaged\n", sum.NumErrors, len(sum.DamagedSnapshots), sum.Snapshots)
+			fmt.Fprintf(g.stdout, "%d errors; %d of %d snapshots are damaged; %d of %d packs were read\n",
+				sum.NumErrors, len(sum.DamagedSnapshots), sum.Snapshots, sum.PacksRead, sum.Packs)
 		}
 	}
 	if sum.NumErrors > 0 {

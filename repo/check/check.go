@@ -42,6 +42,7 @@ type Options struct {
 // Result says what was found, and answers what is damaged.
 type Result struct {
 	Errors             int
+	Packs, PacksRead   int       // in the index and the store, and those that were read from end to end
 	BrokenPacks        []repo.ID // whose bytes are bad
 	SuggestRepairIndex bool
 	SuggestPrune       bool

@@ -92,9 +92,6 @@ func (s Subset) pick(packs map[repo.ID]int64) []repo.ID {
 
 // readData reads packs from end to end.
 func (c *checker) readData(ctx context.Context) error {
-	if c.ReadData == (Subset{}) {
-		return nil
-	}
 	numbers := make(map[repo.ID]int32, len(c.sizes))
 	present := map[repo.ID]int64{}
 	for i, id := range c.catalog.Packs() {
@@ -102,6 +99,10 @@ func (c *checker) readData(ctx context.Context) error {
 		if size, ok := c.files[id]; ok {
 			present[id] = size
 		}
+	}
+	c.res.Packs = len(present)
+	if c.ReadData == (Subset{}) {
+		return nil
 	}
 	picked := c.ReadData.pick(present)
 	var total, done int64
@@ -223,7 +224,9 @@ func (c *checker) packRead(id repo.ID, rep repo.PackReport, err error) {
 	case err != nil:
 		c.lose(id, unread(err).Error(), fmt.Sprintf("pack %s cannot be read: %v", id.Str(), err))
 		return
-	case rep.Problem == "" && len(rep.Bad) == 0:
+	}
+	c.res.PacksRead++
+	if rep.Problem == "" && len(rep.Bad) == 0 {
 		return
 	}
 	c.broken(id)

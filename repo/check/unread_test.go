@@ -4,6 +4,7 @@ package check
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"syscall"
@@ -16,13 +17,21 @@ import (
 // TestWhatIsListedAndNotThereIsDamage: a store may list a file and not give it.
 func TestWhatIsListedAndNotThereIsDamage(t *testing.T) {
 	f := newFixture(t, 3, 64<<10)
-	if found, _, _, err := f.check(Options{ReadData: All()}); err != nil || len(found) > 0 {
+	found, _, res, err := f.check(Options{ReadData: All()})
+	if err != nil || len(found) > 0 {
 		t.Fatalf("a repository that is whole: %q, %v", found, err)
+	}
+	packs := res.Packs
+	if packs < 4 || res.PacksRead != packs {
+		t.Errorf("%d of %d packs were read", res.PacksRead, packs)
 	}
 	f.be.lose(backend.PackFile, f.packs[1], -1, backend.ErrNotExist)
 	found, touched, res, err := f.check(Options{ReadData: All()})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if res.Packs != packs || res.PacksRead != packs-1 {
+		t.Errorf("%d of %d packs were read, and one is not there", res.PacksRead, res.Packs)
 	}
 	f.names(found, []string{"pack " + f.packs[1].Str(), "does not have it"})
 	if !slices.Equal(touched, []repo.ID{f.snapshots[1]}) || !slices.Equal(res.BrokenPacks, []repo.ID{f.packs[1]}) {
@@ -37,6 +46,29 @@ func TestWhatIsListedAndNotThereIsDamage(t *testing.T) {
 	f.names(found, []string{"snapshot " + f.snapshots[2].Str(), "does not have it"})
 	if len(res.Snapshots) != 2 || res.Errors != 1 {
 		t.Errorf("%+v", res)
+	}
+}
+
+// TestASubsetThatPicksNothingShows: most parts of a small repository hold no pack.
+func TestASubsetThatPicksNothingShows(t *testing.T) {
+	f := newFixture(t, 2, 64<<10)
+	read, nothing := 0, 0
+	for part := range 256 {
+		s, err := ParseSubset(fmt.Sprintf("%d/256", part+1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _, res, err := f.check(Options{ReadData: s})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if read += res.PacksRead; res.PacksRead == 0 {
+			nothing++
+		}
+	}
+	_, _, res, err := f.check(Options{})
+	if err != nil || res.PacksRead != 0 || res.Packs < 3 || read != res.Packs || nothing < 256-read {
+		t.Errorf("the parts read %d of %d packs, %d of them none, and a check without a part %d; %v", read, res.Packs, nothing, res.PacksRead, err)
 	}
 }
 
