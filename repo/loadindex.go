@@ -44,17 +44,14 @@ const (
 // after its index; it may be called again. Where somebody has pruned since, it
 // drops from the cache what is gone.
 func (r *Repository) LoadIndex(ctx context.Context) error {
-	if err := r.loadIndex(ctx, nil); err != nil || !r.indexShrank.Swap(false) {
+	if err := r.loadIndex(ctx, nil); err != nil {
 		return err
 	}
-	// Index files that the cache knew have gone: somebody pruned. What was freed
-	// is of no use in the cache.
-	_, err := r.CleanCache(ctx)
-	return err
+	return r.dropFreed(ctx)
 }
 
-// LoadGoodIndex is LoadIndex for whoever looks for damage: it goes on without
-// the index files that cannot be read, and names them.
+// LoadGoodIndex is LoadIndex for whoever looks for damage, or makes do with what there
+// is: it goes on without the index files that cannot be read, and names them.
 func (r *Repository) LoadGoodIndex(ctx context.Context) (bad map[ID]error, err error) {
 	bad = map[ID]error{}
 	var mu sync.Mutex
@@ -63,7 +60,20 @@ func (r *Repository) LoadGoodIndex(ctx context.Context) (bad map[ID]error, err e
 		defer mu.Unlock()
 		bad[id] = err
 	})
+	if err == nil && len(bad) == 0 {
+		err = r.dropFreed(ctx)
+	}
 	return bad, err
+}
+
+// dropFreed cleans the cache where index files that it knew have gone: somebody pruned,
+// and what was freed is of no use there.
+func (r *Repository) dropFreed(ctx context.Context) error {
+	if !r.indexShrank.Swap(false) {
+		return nil
+	}
+	_, err := r.CleanCache(ctx)
+	return err
 }
 
 // loadIndex calls skip, from many goroutines, with the files that are damaged,

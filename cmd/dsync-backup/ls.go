@@ -59,7 +59,7 @@ func (s *selectFlags) open(ctx context.Context, g *globals, name string) (contex
 }
 
 func newLs(g *globals) *cobra.Command {
-	var sel selectFlags
+	sel := selectFlags{salvage: true}
 	cmd := &cobra.Command{
 		Use:   "ls SNAPSHOT",
 		Short: "Show what a snapshot of a device consists of",

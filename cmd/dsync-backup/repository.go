@@ -131,7 +131,8 @@ func newSnapshots(g *globals) *cobra.Command {
 		Use:   "snapshots [SNAPSHOT ...]",
 		Short: "List the snapshots, restic's own too",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, ctx, err := g.openReading(cmd.Context())
+			// What is listed needs no index; only the sizes do.
+			r, ctx, err := g.openSalvaging(cmd.Context())
 			if err != nil {
 				return err
 			}

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: BSD-2-Clause
+
+package systemtest
+
+import (
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// twoBackups makes a repository of two snapshots of an image, and gives the files of a kind that
+// the second one added.
+func twoBackups(t *testing.T, kind string) (e *env, img string, ids, added []string) {
+	t.Helper()
+	e = lightEnv(t)
+	c := newContent(random(t), false)
+	img = image(t, c, 1<<20)
+	first := e.backup(img)
+	before := e.files(kind)
+	f := direct(t, img)
+	fillRange(t, f, c, 0, 64<<10)
+	second := e.backup(img)
+	for _, file := range e.files(kind) {
+		if !slices.Contains(before, file) {
+			added = append(added, file)
+		}
+	}
+	if len(added) == 0 {
+		t.Fatal("nothing was added")
+	}
+	return e, img, []string{first.SnapshotID.String(), second.SnapshotID.String()}, added
+}
+
+// flip changes a bit in the middle of a file of the repository.
+func flip(t *testing.T, file string) {
+	t.Helper()
+	b := readAll(t, file)
+	b[len(b)/2] ^= 1
+	rewrite(t, file, b)
+}
+
+// TestListsGoOnWithoutADamagedIndex: what is listed does not depend on it, or not all of it.
+func TestListsGoOnWithoutADamagedIndex(t *testing.T) {
+	t.Parallel()
+	e, _, ids, added := twoBackups(t, "index")
+	flip(t, added[0])
+	says := func(r result) {
+		t.Helper()
+		if n := strings.Count(r.stderr, "warning: going on without an index file"); n != 1 || !strings.Contains(r.stderr, filepath.Base(added[0])[:8]) {
+			t.Errorf("it warns %d times: %s", n, r.stderr)
+		}
+	}
+	for _, args := range [][]string{{"snapshots"}, {"snapshots", "--json"}} {
+		r := e.try(append([]string{"--no-cache"}, args...)...)
+		if r.code != 0 || !strings.Contains(r.stdout, ids[0][:8]) || !strings.Contains(r.stdout, ids[1][:8]) {
+			t.Errorf("%q: %+v", args, r)
+		}
+		if args[len(args)-1] != "--json" {
+			says(r)
+			if !strings.Contains(r.stdout, "1.0 MiB") {
+				t.Errorf("the size of what is not damaged is missing: %s", r.stdout)
+			}
+		}
+	}
+	r := e.try("--no-cache", "ls", ids[0])
+	if says(r); r.code != 0 || !strings.Contains(r.stdout, "snapshot "+ids[0][:8]) {
+		t.Errorf("%+v", r)
+	}
+	r = e.try("--no-cache", "ls", ids[1])
+	if says(r); r.code != 1 {
+		t.Errorf("%+v", r)
+	}
+}
