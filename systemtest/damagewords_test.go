@@ -72,3 +72,24 @@ func TestListsGoOnWithoutADamagedIndex(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+// TestASnapshotThatCannotBeReadIsCounted by check, and forget has no time to print for it.
+func TestASnapshotThatCannotBeReadIsCounted(t *testing.T) {
+	t.Parallel()
+	e, _, ids, added := twoBackups(t, "snapshots")
+	flip(t, added[0])
+	c := e.checked()
+	if c.summary.Snapshots != 2 || !slices.Equal(c.summary.DamagedSnapshots, ids[1:]) || len(c.errors) != 1 {
+		t.Errorf("%+v", c)
+	}
+	if r := e.try("-q", "check"); r.code != 1 || !strings.Contains(r.stdout, "1 errors; 1 of 2 snapshots are damaged;") {
+		t.Errorf("%+v", r)
+	}
+	out := e.must("--no-cache", "forget", ids[1])
+	if !strings.Contains(out, ids[1][:8]+"  it cannot be read") || strings.Contains(out, "0001") {
+		t.Errorf("forget says %q", out)
+	}
+	if c := e.checked(); c.code != 0 || c.summary.Snapshots != 1 {
+		t.Errorf("%+v", c)
+	}
+}

@@ -114,7 +114,8 @@ func runCheck(ctx context.Context, g *globals, f checkFlags) error {
 		return causeOf(ctx, err)
 	}
 	defer res.Damage.Close()
-	sum.NumErrors, sum.Snapshots = res.Errors, len(res.Snapshots)
+	sum.NumErrors, sum.Snapshots = res.Errors, len(res.Snapshots)+len(res.Unread)
+	sum.DamagedSnapshots = append(sum.DamagedSnapshots, res.Unread...)
 	sum.Packs, sum.PacksRead = res.Packs, res.PacksRead
 	sum.BrokenPacks = append(sum.BrokenPacks, res.BrokenPacks...)
 	sum.SuggestRepairIndex, sum.SuggestPrune = res.SuggestRepairIndex, res.SuggestPrune

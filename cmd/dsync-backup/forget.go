@@ -175,6 +175,9 @@ func (f *forgetFlags) decide(ctx context.Context, g *globals, r *repo.Repository
 	return groups, nil
 }
 
+// unreadSnapshot stands for one of which only the ID is known.
+var unreadSnapshot = &repo.Snapshot{}
+
 // namedSnapshots finds the snapshots that the user names. One that is not there
 // is no error, as with restic, so that a forget which was killed can be run
 // again. One that cannot be read can be removed all the same.
@@ -191,7 +194,7 @@ func namedSnapshots(ctx context.Context, g *globals, r *repo.Repository, filter 
 			return nil, context.Cause(ctx)
 		case errors.Is(err, repo.ErrDamaged) && !id.IsNull():
 			g.warn(fmt.Errorf("snapshot %s cannot be read and is removed: %w", id.Str(), err))
-			s = &repo.Snapshot{}
+			s = unreadSnapshot
 		case errors.Is(err, repo.ErrNoSnapshot), errors.Is(err, backend.ErrNotExist):
 			g.warn(fmt.Errorf("%q is passed over: %w", name, err))
 			continue
@@ -250,7 +253,11 @@ func (f *forgetFlags) printDecision(g *globals, groups []*retention.Group) {
 }
 
 func (f *forgetFlags) printSnapshot(w io.Writer, what string, s retention.Snapshot, more string) {
-	line := fmt.Sprintf("  %s  %s  %s", what, s.ShortID, s.Time.Local().Format("2006-01-02 15:04:05"))
+	at := s.Time.Local().Format("2006-01-02 15:04:05")
+	if s.Snapshot == unreadSnapshot {
+		at = "it cannot be read  "
+	}
+	line := fmt.Sprintf("  %s  %s  %s", what, s.ShortID, at)
 	if !f.compact {
 		line += "  " + more
 	}

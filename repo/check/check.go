@@ -47,6 +47,7 @@ type Result struct {
 	SuggestRepairIndex bool
 	SuggestPrune       bool
 	Snapshots          map[repo.ID]*repo.Snapshot
+	Unread             []repo.ID // snapshots of which nothing can be had
 	Damage             *Damage
 }
 
@@ -181,21 +182,25 @@ func (c *checker) keys(ctx context.Context) error {
 // snapshots loads all snapshots.
 func (c *checker) snapshots(ctx context.Context) error {
 	return c.repo.ListSnapshots(ctx, func(id repo.ID, s *repo.Snapshot, err error) error {
+		var why string
 		switch {
 		case errors.Is(err, backend.ErrNotExist):
-			c.report(Problem{Kind: "snapshot", ID: id, Message: "the store lists it, and does not have it"})
+			why = "the store lists it, and does not have it"
 		case errors.Is(err, repo.ErrDamaged):
-			c.report(Problem{Kind: "snapshot", ID: id, Message: err.Error() + "; `forget` with its ID removes it"})
+			why = err.Error() + "; `forget` with its ID removes it"
 		case err != nil:
 			if end := c.blame(ctx, err); end != nil {
 				return end
 			}
-			c.report(Problem{Kind: "snapshot", ID: id, Message: unread(err).Error()})
+			why = unread(err).Error()
 		case s.Tree == nil:
-			c.report(Problem{Kind: "snapshot", ID: id, Message: "it has no tree"})
+			why = "it has no tree"
 		default:
 			c.res.Snapshots[id] = s
+			return nil
 		}
+		c.report(Problem{Kind: "snapshot", ID: id, Message: why})
+		c.res.Unread = append(c.res.Unread, id)
 		return nil
 	})
 }

@@ -44,7 +44,7 @@ func TestWhatIsListedAndNotThereIsDamage(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.names(found, []string{"snapshot " + f.snapshots[2].Str(), "does not have it"})
-	if len(res.Snapshots) != 2 || res.Errors != 1 {
+	if len(res.Snapshots) != 2 || res.Errors != 1 || !slices.Equal(res.Unread, f.snapshots[2:]) {
 		t.Errorf("%+v", res)
 	}
 }
@@ -114,9 +114,12 @@ func TestFilesThatCannotBeReadAreNamed(t *testing.T) {
 		f := newFixture(t, 3, 64<<10)
 		f.be.lose(backend.SnapshotFile, f.snapshots[0], -1, err)
 		f.be.lose(backend.PackFile, f.trees, -1, err)
-		found, touched, _, endErr := f.check(Options{})
+		found, touched, res, endErr := f.check(Options{})
 		if endErr != nil {
 			t.Fatal(endErr)
+		}
+		if !slices.Equal(res.Unread, f.snapshots[:1]) {
+			t.Errorf("unread are %v", res.Unread)
 		}
 		f.names(found,
 			[]string{"snapshot " + f.snapshots[0].Str(), "it cannot be read", err.Error()},
