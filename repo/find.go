@@ -102,8 +102,19 @@ func (r *Repository) findPrefix(ctx context.Context, name string) (ID, error) {
 	case 1:
 		return found[0], nil
 	}
-	return ID{}, fmt.Errorf("find snapshot %q: the IDs of %d snapshots begin so, give more of it: %w", name, len(found), ErrNoSnapshot)
+	return ID{}, fmt.Errorf("find snapshot %q: %w", name, tooMany(len(found)))
 }
+
+// tooMany is the [ErrNoSnapshot] of a name that so many snapshots have: they were found, so
+// that it says something else.
+type tooMany int
+
+func (n tooMany) Error() string {
+	return fmt.Sprintf("the IDs of %d snapshots begin so, give more of it", int(n))
+}
+
+// Is is for errors.Is.
+func (tooMany) Is(target error) bool { return target == ErrNoSnapshot }
 
 func isHex(s string) bool {
 	return s != "" && strings.Trim(s, "0123456789abcdef") == ""

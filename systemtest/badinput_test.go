@@ -148,7 +148,7 @@ func TestAPrefixOfTwoSnapshotsIsAmbiguous(t *testing.T) {
 	for range 17 { // there are 16 digits
 		id := e.backup(img).SnapshotID.String()
 		if seen[id[:1]] {
-			e.fails(1, "give more of it", "restore", id[:1], filepath.Join(t.TempDir(), "x"))
+			e.fails(1, "give more of it$", "restore", id[:1], filepath.Join(t.TempDir(), "x"))
 			same(t, img, e.restored(id[:12]))
 			return
 		}

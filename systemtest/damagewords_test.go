@@ -3,6 +3,7 @@
 package systemtest
 
 import (
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -92,4 +93,63 @@ func TestASnapshotThatCannotBeReadIsCounted(t *testing.T) {
 	if c := e.checked(); c.code != 0 || c.summary.Snapshots != 1 {
 		t.Errorf("%+v", c)
 	}
+}
+
+// TestARefusalForDamageSaysWhatToDo, of restore, dump and check. What was not refused has given
+// all that there is.
+func TestARefusalForDamageSaysWhatToDo(t *testing.T) {
+	t.Parallel()
+	const hint = "with --salvage you get what there is"
+	for _, c := range []struct {
+		what          string
+		restore, dump bool // are refused
+		next          string
+	}{
+		{"a pack is gone", true, true, "next: `restore --salvage` what"},
+		{"a pack has a bad bit", false, true, "next: `restore --salvage` what"},
+		{"an index file is bad", true, true, "next: `repair index` (not `prune`), `check` again;"},
+	} {
+		e, _, ids, added := twoBackups(t, "index")
+		pack := e.largestPack()
+		switch c.what {
+		case "a pack is gone":
+			if err := os.Remove(pack); err != nil {
+				t.Fatal(err)
+			}
+		case "a pack has a bad bit":
+			flip(t, pack)
+		default:
+			flip(t, added[0])
+		}
+		to := filepath.Join(t.TempDir(), "restored")
+		for _, salvage := range []string{"--salvage=false", "--salvage"} {
+			r := e.try("-q", "--no-cache", "restore", "--force", salvage, ids[1], to)
+			if said := strings.Contains(r.stderr, hint); r.code != 1 || said != (c.restore && salvage != "--salvage") {
+				t.Errorf("%s: restore %s: %+v", c.what, salvage, r)
+			}
+			r = e.try("-q", "--no-cache", "dump", salvage, ids[1])
+			if said := strings.Contains(r.stderr, hint); r.code != 1 || said != (c.dump && salvage != "--salvage") {
+				t.Errorf("%s: dump %s: exit code %d, %s", c.what, salvage, r.code, r.stderr)
+			}
+		}
+		r := e.try("-q", "check", "--read-data")
+		if lines := strings.Split(strings.TrimSpace(r.stdout), "\n"); r.code != 1 || !strings.HasPrefix(lines[len(lines)-1], c.next) {
+			t.Errorf("%s: %+v", c.what, r)
+		}
+	}
+}
+
+// TestAMissingPasswordIsNotAWrongOne: nothing was tried.
+func TestAMissingPasswordIsNotAWrongOne(t *testing.T) {
+	t.Parallel()
+	e := lightEnv(t)
+	e.vars = append(e.vars, "RESTIC_PASSWORD=")
+	e.fails(12, "^no password is given: use .RESTIC_PASSWORD, --password-file or", "snapshots")
+	empty := filepath.Join(t.TempDir(), "empty")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e.fails(12, "^the password that is given is empty$", "snapshots", "--password-file", empty)
+	e.vars = append(e.vars, "RESTIC_PASSWORD=other")
+	e.fails(12, "wrong password", "snapshots")
 }

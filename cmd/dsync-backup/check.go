@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -75,6 +76,8 @@ type checkSummary struct {
 	DamagedSnapshots   []repo.ID `json:"damaged_snapshots"`
 	Packs              int       `json:"packs"`
 	PacksRead          int       `json:"packs_read"`
+
+	badPacks bool // some of what packs hold is lost
 }
 
 func runCheck(ctx context.Context, g *globals, f checkFlags) error {
@@ -108,6 +111,9 @@ func runCheck(ctx context.Context, g *globals, f checkFlags) error {
 	o.Report = func(problem check.Problem) {
 		p.end()
 		g.printProblem(problem)
+		if !problem.Harmless && (problem.Kind == "pack" || problem.Kind == "blob") {
+			sum.badPacks = true
+		}
 	}
 	res, err := check.Check(ctx, r, o)
 	if err != nil {
@@ -175,6 +181,27 @@ func (g *globals) printProblem(p check.Problem) {
 	fmt.Fprintf(g.stdout, "error: %s\n", p)
 }
 
+// next says what to do about damage, in short.
+func (s checkSummary) next() string {
+	const salvage = "`restore --salvage` what is needed of the damaged snapshots"
+	var steps []string
+	damaged := len(s.DamagedSnapshots) > 0
+	switch {
+	case s.SuggestRepairIndex && damaged && s.badPacks:
+		// What the index says of a lost pack tells what lies around it.
+		steps = []string{salvage, "then `repair index` (not `prune`)", "`check` again"}
+	case s.SuggestRepairIndex:
+		steps = []string{"`repair index` (not `prune`)", "`check` again"}
+	case damaged:
+		steps = []string{salvage, "`forget` them", "`prune`"}
+	}
+	const where = "\"What to do about damage\" in docs/retention.md"
+	if len(steps) == 0 {
+		return "next: see " + where
+	}
+	return "next: " + strings.Join(steps, ", ") + "; see " + where
+}
+
 func (g *globals) printCheck(sum checkSummary) error {
 	if g.json {
 		g.printJSON(g.stdout, sum)
@@ -186,6 +213,7 @@ func (g *globals) printCheck(sum checkSummary) error {
 		if sum.NumErrors > 0 {
 			fmt.Fprintf(g.stdout, "%d errors; %d of %d snapshots are damaged; %d of %d packs were read\n",
 				sum.NumErrors, len(sum.DamagedSnapshots), sum.Snapshots, sum.PacksRead, sum.Packs)
+			fmt.Fprintln(g.stdout, sum.next())
 		}
 	}
 	if sum.NumErrors > 0 {

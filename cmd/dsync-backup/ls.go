@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -19,6 +20,8 @@ type selectFlags struct {
 	device string
 	// salvage makes do with what there is of a damaged repository.
 	salvage bool
+	// canSalvage: the command has a flag for that.
+	canSalvage bool
 }
 
 func (s *selectFlags) register(cmd *cobra.Command) {
@@ -44,6 +47,14 @@ func (s *selectFlags) find(ctx context.Context, r *repo.Repository, name string)
 	return snapshot.Device{}, fmt.Errorf("snapshot %s holds %d devices, and none is named %q: say which one with --device", id.Str(), len(devices), s.device)
 }
 
+// orSalvage says of what is refused for damage how to have what there is.
+func (s *selectFlags) orSalvage(err error) error {
+	if !s.canSalvage || s.salvage {
+		return err
+	}
+	return fmt.Errorf("%w; with --salvage you get what there is", err)
+}
+
 // open opens the repository to read it, and finds the device that the user means.
 func (s *selectFlags) open(ctx context.Context, g *globals, name string) (context.Context, snapshot.Store, snapshot.Device, error) {
 	how := g.openReading
@@ -52,6 +63,9 @@ func (s *selectFlags) open(ctx context.Context, g *globals, name string) (contex
 	}
 	r, ctx, err := how(ctx)
 	if err != nil {
+		if r != nil && errors.Is(err, repo.ErrDamaged) { // an index file
+			err = s.orSalvage(err)
+		}
 		return ctx, snapshot.Store{}, snapshot.Device{}, err
 	}
 	d, err := s.find(ctx, r, name)

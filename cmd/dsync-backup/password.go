@@ -16,6 +16,14 @@ import (
 	"github.com/dsync-backup/dsync-backup/repo"
 )
 
+// noPassword is the [repo.ErrWrongPassword] of one that was not tried.
+type noPassword string
+
+func (e noPassword) Error() string { return string(e) }
+
+// Is is for errors.Is.
+func (noPassword) Is(target error) bool { return target == repo.ErrWrongPassword }
+
 // password finds the repository's password where restic would look for it. A
 // new one, typed at a terminal, is asked for twice.
 func (g *globals) password(ctx context.Context, isNew bool) (string, error) {
@@ -41,7 +49,7 @@ func (g *globals) password(ctx context.Context, isNew bool) (string, error) {
 		return p, nil
 	}
 	if !term.IsTerminal(int(os.Stdin.Fd())) {
-		return "", fmt.Errorf("%w: none is given: use $RESTIC_PASSWORD, --password-file or --password-command", repo.ErrWrongPassword)
+		return "", noPassword("no password is given: use $RESTIC_PASSWORD, --password-file or --password-command")
 	}
 	p, err := g.ask("password of the repository: ")
 	if err != nil || !isNew {
@@ -68,7 +76,7 @@ func firstLine(b []byte) (string, error) {
 	line, _, _ := bytes.Cut(b, []byte("\n"))
 	p := strings.TrimRight(string(line), "\r")
 	if p == "" {
-		return "", fmt.Errorf("%w: it is empty", repo.ErrWrongPassword)
+		return "", noPassword("the password that is given is empty")
 	}
 	return p, nil
 }

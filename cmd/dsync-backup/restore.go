@@ -15,7 +15,7 @@ import (
 )
 
 func newRestore(g *globals) *cobra.Command {
-	var sel selectFlags
+	sel := selectFlags{canSalvage: true}
 	var o restore.Options
 	changes := "auto"
 	cmd := &cobra.Command{
@@ -61,7 +61,7 @@ func runRestore(ctx context.Context, g *globals, sel *selectFlags, name string, 
 		if o.Salvage {
 			g.printLost(g.stdout, err)
 		}
-		return causeOf(ctx, err)
+		return causeOf(ctx, sel.refused(err))
 	}
 	p.end()
 	if g.json {
@@ -71,6 +71,15 @@ func runRestore(ctx context.Context, g *globals, sel *selectFlags, name string, 
 	fmt.Fprintf(g.stdout, "restored snapshot %s of %s to %s: wrote %s, made %s zeros, skipped %s, fetched %s, %.1f s\n",
 		res.SnapshotID.Str(), o.Device.Name, res.Target, size(res.BytesWritten), size(res.BytesZeroed), size(res.BytesSkipped), size(res.BytesFetched), res.DurationSeconds)
 	return nil
+}
+
+// refused adds to a refusal for damage what --salvage would do. A target that is incomplete
+// has got all that there is.
+func (s *selectFlags) refused(err error) error {
+	if lost := (*restore.DamageError)(nil); errors.As(err, &lost) && !errors.Is(err, restore.ErrIncomplete) {
+		return s.orSalvage(err)
+	}
+	return err
 }
 
 // printLost prints every range that a damaged snapshot could not give: the error
@@ -93,7 +102,7 @@ func (g *globals) printLost(w io.Writer, err error) {
 }
 
 func newDump(g *globals) *cobra.Command {
-	var sel selectFlags
+	sel := selectFlags{canSalvage: true}
 	salvage := false
 	cmd := &cobra.Command{
 		Use:   "dump SNAPSHOT",
@@ -109,7 +118,7 @@ func newDump(g *globals) *cobra.Command {
 			if err != nil && salvage {
 				g.printLost(g.stderr, err) // stdout is the device
 			}
-			return causeOf(ctx, err)
+			return causeOf(ctx, sel.refused(err))
 		},
 	}
 	sel.register(cmd)
