@@ -193,7 +193,7 @@ func (s checkSummary) next() string {
 	case s.SuggestRepairIndex:
 		steps = []string{"`repair index` (not `prune`)", "`check` again"}
 	case damaged:
-		steps = []string{salvage, "`forget` them", "`prune`"}
+		steps = []string{salvage, "`backup --changes full`", "`check --read-data` again", "`forget` what it still names", "`prune`"}
 	}
 	const where = "\"What to do about damage\" in docs/retention.md"
 	if len(steps) == 0 {
