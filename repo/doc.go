@@ -15,6 +15,7 @@ package repo
 import (
 	"errors"
 
+	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/repo/crypto"
 	"github.com/dsync-backup/dsync-backup/repo/index"
 	"github.com/dsync-backup/dsync-backup/repo/pack"
@@ -62,3 +63,10 @@ var (
 	// written there.
 	ErrDamaged = errors.New("damaged in the repository")
 )
+
+// IsDamage tells an error about what is damaged or missing from one of a store
+// that does not answer.
+func IsDamage(err error) bool {
+	return errors.Is(err, ErrDamaged) || errors.Is(err, ErrBlobNotFound) ||
+		errors.Is(err, backend.ErrNotExist) || errors.Is(err, backend.ErrRange)
+}

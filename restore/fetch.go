@@ -18,7 +18,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dsync-backup/dsync-backup/repo"
-	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
 
@@ -177,8 +176,7 @@ func (f *fetcher) load(ctx context.Context, w *window, p *batchOf, to sink) erro
 // isDamage tells blobs that are lost from a store that does not answer: of the
 // others there is still something to be had.
 func isDamage(err error) bool {
-	return errors.Is(err, layer.ErrDamaged) || errors.Is(err, repo.ErrDamaged) || errors.Is(err, repo.ErrBlobNotFound) ||
-		errors.Is(err, backend.ErrNotExist) || errors.Is(err, backend.ErrRange) || errors.Is(err, unix.EIO)
+	return layer.IsDamage(err) || errors.Is(err, unix.EIO)
 }
 
 // A blobCache holds a 32nd part of the machine's memory, within these bounds.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
 	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
@@ -153,6 +154,15 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 		return nil, err
 	}
 	b.w = r.NewWriter(ctx, repo.WriterOptions{Ready: o.Settled})
+	if o.Changes == ChangesFull || latest(b.cands, o.Host) == nil {
+		// A new chain is to stand by itself, whatever was lost of the others. The packs
+		// are listed while the device does not stand still yet.
+		packs, err := r.ListFiles(ctx, backend.PackFile)
+		if err != nil {
+			return nil, err
+		}
+		b.w.BelieveOnly(packs)
+	}
 	b.stage = newStage(b.w, b.store)
 	res, err := b.copy(ctx)
 	if err == nil {
@@ -163,7 +173,7 @@ func Backup(ctx context.Context, r *repo.Repository, o Options) (*Summary, error
 	}
 	// No upload, and no index of one, may outlive the caller's lock.
 	b.w.Abort()
-	if b.parent != nil && isDamage(err) {
+	if b.parent != nil && layer.IsDamage(err) {
 		err = fmt.Errorf("%w (snapshot %s, from which this backup goes on, is damaged: run `check`; `backup --changes full` begins a new chain)", err, b.parent.Snapshot.Str())
 	}
 	return nil, err

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"iter"
 
-	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
 	"github.com/dsync-backup/dsync-backup/snapshot/device"
 	"github.com/dsync-backup/dsync-backup/snapshot/layer"
@@ -38,14 +37,6 @@ func (b *backup) copy(ctx context.Context) (layer.Result, error) {
 func (b *backup) copyFrom(ctx context.Context, from device.Standing, release func() error) (layer.Result, error) {
 	if err := b.choose(ctx); err != nil {
 		return layer.Result{}, err
-	}
-	if b.sum.Changes == ChangesFull {
-		// A new chain is to stand by itself, whatever was lost of the others.
-		packs, err := b.r.ListFiles(ctx, backend.PackFile)
-		if err != nil {
-			return layer.Result{}, err
-		}
-		b.w.BelieveOnly(packs)
 	}
 	if b.toBeChecked() && b.Parallel > 1 {
 		res, lie, err := b.copyChecked(ctx, from, release)

@@ -13,7 +13,6 @@ import (
 	"github.com/dsync-backup/dsync-backup/kernel"
 	"github.com/dsync-backup/dsync-backup/kernel/epochlog"
 	"github.com/dsync-backup/dsync-backup/repo"
-	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/snapshot/layer"
 )
 
@@ -59,15 +58,9 @@ func candidates(ctx context.Context, from Store, name string, warn func(error)) 
 	return out, nil
 }
 
-// isDamage tells what is damaged or missing in the store from a store that does not answer.
-func isDamage(err error) bool {
-	return errors.Is(err, repo.ErrDamaged) || errors.Is(err, layer.ErrDamaged) || errors.Is(err, repo.ErrBlobNotFound) ||
-		errors.Is(err, backend.ErrNotExist) || errors.Is(err, backend.ErrRange) || errors.Is(err, backend.ErrBroken)
-}
-
 // passOver reports a snapshot that is damaged, and returns any other error.
 func passOver(id repo.ID, err error, warn func(error)) error {
-	if isDamage(err) {
+	if layer.IsDamage(err) {
 		warn(fmt.Errorf("snapshot %s is passed over: %w", id.Str(), err))
 		return nil
 	}

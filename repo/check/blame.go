@@ -34,7 +34,7 @@ func (c *checker) blame(ctx context.Context, err error) error {
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case isDamage(err):
+	case repo.IsDamage(err):
 		return nil
 	}
 	if gone := Alive(ctx, c.repo); gone != nil {
@@ -51,14 +51,8 @@ func (c *checker) blame(ctx context.Context, err error) error {
 
 // unread is how an error that blame has found to be a finding is named.
 func unread(err error) error {
-	if isDamage(err) {
+	if repo.IsDamage(err) {
 		return err
 	}
 	return fmt.Errorf("it cannot be read: %w", err)
-}
-
-// isDamage tells what is lost from a store that does not answer.
-func isDamage(err error) bool {
-	return errors.Is(err, repo.ErrDamaged) || errors.Is(err, repo.ErrBlobNotFound) ||
-		errors.Is(err, backend.ErrNotExist) || errors.Is(err, backend.ErrRange)
 }

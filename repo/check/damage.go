@@ -152,7 +152,7 @@ func (w *toucher) look(ctx context.Context, id repo.ID) (why, err error) {
 	}
 	data, err := w.repo.LoadBlob(ctx, treeBlob(id), repo.KindTree)
 	if err != nil {
-		if isDamage(err) {
+		if repo.IsDamage(err) {
 			return err, nil
 		}
 		return nil, err

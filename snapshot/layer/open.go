@@ -10,6 +10,7 @@ import (
 	"sort"
 
 	"github.com/dsync-backup/dsync-backup/repo"
+	"github.com/dsync-backup/dsync-backup/repo/backend"
 	"github.com/dsync-backup/dsync-backup/snapshot/blockindex"
 	"github.com/dsync-backup/dsync-backup/snapshot/blocksum"
 )
@@ -17,6 +18,11 @@ import (
 // ErrDamaged is wrapped by errors about layers that are not as they were
 // written.
 var ErrDamaged = errors.New("snapshot is damaged")
+
+// IsDamage is [repo.IsDamage] for layers too, and for what a broken disk does not give.
+func IsDamage(err error) bool {
+	return errors.Is(err, ErrDamaged) || repo.IsDamage(err) || errors.Is(err, backend.ErrBroken)
+}
 
 // Loader is what reading layers asks of a repository.
 type Loader interface {
